@@ -1,0 +1,39 @@
+# Every target makes its own environment in $(VENV), with `python3` or the one given by PYTHON=.
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+export JAX_COMPILATION_CACHE_DIR ?= $(CURDIR)/.cache/jax
+
+.PHONY: setup test parity lint format fullsize clean
+
+setup: $(VENV)/.ready
+
+$(VENV)/.ready: requirements.txt pyproject.toml
+	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "sparqle_jax needs Python 3.11 or newer: make PYTHON=python3.12 ...")'
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install --quiet --disable-pip-version-check --editable '.[test]'
+	touch $@
+
+$(VENV)/.ready-parity: $(VENV)/.ready
+	$(BIN)/pip install --quiet --disable-pip-version-check --editable '.[test,parity]'
+	touch $@
+
+test: $(VENV)/.ready  ## everything that needs no PyTorch
+	$(BIN)/pytest
+
+parity: $(VENV)/.ready-parity  ## the same numbers as PyTorch
+	$(BIN)/pytest tests/parity
+
+fullsize: $(VENV)/.ready-parity  ## full-size towers: HuBERT-large against PyTorch, memory of a 1B LLM
+	$(BIN)/python -m tests.parity.fullsize
+
+lint: $(VENV)/.ready
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+format: $(VENV)/.ready
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+clean:
+	rm -rf $(VENV) .venv-* .cache .pytest_cache .ruff_cache .hypothesis *.egg-info

@@ -1,0 +1,1 @@
+"""Adapters: frames -> queries. The part that is trained. One file per adapter."""

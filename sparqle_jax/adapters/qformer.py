@@ -1,0 +1,323 @@
+"""The Q-Former: frames -> queries. Learned query tokens read the frames by cross-attention.
+
+A BERT whose every n-th layer has a cross-attention to the frames, for the queries only. In stage 1 it has a
+text half as well (word and position embeddings, a feed-forward of its own in every layer, an LM head);
+queries and text share the self-attention, and who may look at whom tells the three uses apart. Stage 2
+and inference need the query half alone. After Qformer.py of the reference (BLIP-2's, from LAVIS).
+"""
+
+import dataclasses
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax.typing import DTypeLike
+
+from sparqle_jax import layers
+
+KeysValues = tuple[jax.Array, jax.Array]  # keys and values of one layer, each [B, S, N, H]
+
+
+@dataclasses.dataclass(frozen=True)
+class QFormerConfig:
+    """Sizes of a Q-Former; names and defaults as in BERT's configuration where it has them.
+
+    encoder_width: width D of the frames. text: whether the text half is there (stage 1).
+    """
+
+    encoder_width: int = 1024
+    num_queries: int = 100
+    cross_attention_freq: int = 2
+    hidden_size: int = 768
+    num_hidden_layers: int = 12
+    num_attention_heads: int = 12
+    intermediate_size: int = 3072
+    hidden_act: str = "gelu"
+    layer_norm_eps: float = 1e-12
+    hidden_dropout_prob: float = 0.1
+    attention_probs_dropout_prob: float = 0.1
+    text: bool = True
+    vocab_size: int = 30523  # bert-base-uncased and [DEC]
+    max_position_embeddings: int = 512
+    bos_token_id: int = 30522  # [DEC], which begins a text to generate
+
+    @classmethod
+    def from_bert(cls, config: dict[str, Any], **sizes) -> "QFormerConfig":
+        """Reads a BERT `config.json`; `sizes` sets the rest. The vocabulary grows by one, for [DEC]."""
+        if config.get("position_embedding_type", "absolute") != "absolute":
+            raise ValueError(
+                f"position_embedding_type={config['position_embedding_type']!r} is not supported; "
+                "the Q-Former starts from a BERT with 'absolute' position embeddings."
+            )
+        names = [field.name for field in dataclasses.fields(cls)]
+        values = {name: config[name] for name in names if name in config}
+        vocab_size = config.get("vocab_size", 30522)
+        values.update(vocab_size=vocab_size + 1, bos_token_id=vocab_size)
+        return cls(**{**values, **sizes})
+
+
+class FeedForward(nnx.Module):
+    """BERT's feed-forward: up, activation, down, dropout, residual, norm."""
+
+    def __init__(self, config: QFormerConfig, *, dtype: DTypeLike, param_dtype: DTypeLike, rngs: nnx.Rngs):
+        kwargs = dict(dtype=dtype, param_dtype=param_dtype, rngs=rngs)
+        self.up = layers.linear(config.hidden_size, config.intermediate_size, ("embed", "mlp"), **kwargs)
+        self.down = layers.linear(config.intermediate_size, config.hidden_size, ("mlp", "embed"), **kwargs)
+        self.norm = layers.LayerNorm(
+            config.hidden_size, config.layer_norm_eps, param_dtype=param_dtype, rngs=rngs
+        )
+        self.activation, self.rate = config.hidden_act, config.hidden_dropout_prob
+
+    def __call__(self, x: jax.Array, key: jax.Array | None) -> jax.Array:
+        out = self.down(layers.activation(self.activation)(self.up(x)))
+        return self.norm(layers.dropout(out, self.rate, key) + x)
+
+
+class AttentionBlock(nnx.Module):
+    """BERT's attention: attention, dropout, residual, norm. Keys and values from itself or from frames."""
+
+    def __init__(
+        self,
+        config: QFormerConfig,
+        source_width: int,
+        *,
+        dtype: DTypeLike,
+        param_dtype: DTypeLike,
+        rngs: nnx.Rngs,
+    ):
+        self.attention = layers.Attention(
+            config.hidden_size,
+            config.num_attention_heads,
+            source_width,
+            dropout_rate=config.attention_probs_dropout_prob,
+            dtype=dtype,
+            param_dtype=param_dtype,
+            rngs=rngs,
+        )
+        self.norm = layers.LayerNorm(
+            config.hidden_size, config.layer_norm_eps, param_dtype=param_dtype, rngs=rngs
+        )
+        self.rate = config.hidden_dropout_prob
+
+    def __call__(
+        self, x: jax.Array, keys_values: KeysValues, mask: jax.Array | None, key: jax.Array | None
+    ) -> jax.Array:
+        probs_key, out_key = (None, None) if key is None else jax.random.split(key)
+        out = self.attention(x, keys_values, mask, probs_key)
+        return self.norm(layers.dropout(out, self.rate, out_key) + x)
+
+
+class QFormerLayer(nnx.Module):
+    """Self-attention over queries and text; cross-attention for queries; a feed-forward for each half."""
+
+    def __init__(
+        self,
+        config: QFormerConfig,
+        index: int,
+        *,
+        dtype: DTypeLike,
+        param_dtype: DTypeLike,
+        rngs: nnx.Rngs,
+    ):
+        kwargs = dict(dtype=dtype, param_dtype=param_dtype, rngs=rngs)
+        self.self_attention = AttentionBlock(config, config.hidden_size, **kwargs)
+        has_cross = index % config.cross_attention_freq == 0
+        self.cross_attention = AttentionBlock(config, config.encoder_width, **kwargs) if has_cross else None
+        self.query_mlp = FeedForward(config, **kwargs)
+        self.text_mlp = FeedForward(config, **kwargs) if config.text else None
+
+    def __call__(
+        self,
+        x: jax.Array,
+        num_queries: int,
+        mask: jax.Array | None,
+        frames: jax.Array | None,
+        frames_mask: jax.Array | None,
+        cached: KeysValues | None,
+        key: jax.Array | None,
+    ) -> tuple[jax.Array, KeysValues]:
+        """x [B, num_queries + L, A] -> the same, and the layer's own keys and values.
+
+        `cached` keys and values stand before the layer's own; mask bool [B|1, 1, T|1, S] over both.
+        """
+        keys = [None] * 4 if key is None else jax.random.split(key, 4)
+        keys_values = self.self_attention.attention.keys_values(x)
+        if cached is None:
+            seen = keys_values
+        else:
+            seen = tuple(jnp.concatenate([old, new], 1) for old, new in zip(cached, keys_values, strict=True))
+        x = self.self_attention(x, seen, mask, keys[0])
+        queries, text = x[:, :num_queries], x[:, num_queries:]
+        if num_queries:
+            if self.cross_attention is not None:
+                source = self.cross_attention.attention.keys_values(frames)
+                queries = self.cross_attention(queries, source, frames_mask, keys[1])
+            queries = self.query_mlp(queries, keys[2])
+        if text.shape[1]:
+            text = self.text_mlp(text, keys[3])
+        return jnp.concatenate([queries, text], 1), keys_values
+
+
+class QFormer(nnx.Module):
+    """Frames [B, T, D] -> queries [B, Q, A]; with the text half also text features, matching and an LM.
+
+    Every method takes `key`: with one, dropout is on (training); without, off. Masks are bool, 1 = real.
+    Frames are the encoder's own: their layer norm (`ln_speech` in the reference) is part of the adapter.
+    """
+
+    def __init__(
+        self,
+        config: QFormerConfig,
+        *,
+        dtype: DTypeLike = jnp.float32,
+        param_dtype: DTypeLike = jnp.float32,
+        rngs: nnx.Rngs,
+    ):
+        kwargs = dict(dtype=dtype, param_dtype=param_dtype, rngs=rngs)
+        norm = dict(param_dtype=param_dtype, rngs=rngs)
+        width, eps = config.hidden_size, config.layer_norm_eps
+        self.config = config
+        self.frames_norm = layers.LayerNorm(config.encoder_width, 1e-5, **norm)
+        queries = nnx.initializers.normal(0.02)(rngs.params(), (1, config.num_queries, width), param_dtype)
+        self.query_tokens = nnx.Param(queries, axes=(None, None, "embed"))
+        self.embeddings_norm = layers.LayerNorm(width, eps, **norm)
+        self.layers = nnx.List([QFormerLayer(config, i, **kwargs) for i in range(config.num_hidden_layers)])
+        if config.text:
+            # Embeddings are looked up in float32: the residual stream starts here.
+            table = dict(dtype=jnp.float32, param_dtype=param_dtype, rngs=rngs)
+            self.word_embeddings = layers.embedding(config.vocab_size, width, **table)
+            self.position_embeddings = layers.embedding(config.max_position_embeddings, width, **table)
+            self.lm_transform = layers.linear(width, width, ("embed", None), **kwargs)
+            self.lm_norm = layers.LayerNorm(width, eps, **norm)
+            self.lm_bias = nnx.Param(jnp.zeros(config.vocab_size, param_dtype), axes=("vocab",))
+
+    def __call__(
+        self, frames: jax.Array, frames_mask: jax.Array | None = None, key: jax.Array | None = None
+    ) -> jax.Array:
+        """frames [B, T, D] -> queries float32 [B, Q, A]: the interface of every adapter."""
+        return self.encode_queries(frames, frames_mask, key)[0]
+
+    def encode_queries(
+        self, frames: jax.Array, frames_mask: jax.Array | None = None, key: jax.Array | None = None
+    ) -> tuple[jax.Array, list[KeysValues]]:
+        """Queries alone -> (queries [B, Q, A], each layer's keys and values for `encode_text_causally`).
+
+                 q1 q2 q3   frames
+        query 1   x  x  x     x
+        query 2   x  x  x     x
+        query 3   x  x  x     x
+        """
+        batch = frames.shape[0]
+        embed_key, layers_key = _split(key)
+        x = self._start(self._expanded_queries(batch), embed_key)
+        return self._run(x, self.config.num_queries, None, frames, frames_mask, None, layers_key)
+
+    def encode_text(self, ids: jax.Array, mask: jax.Array, key: jax.Array | None = None) -> jax.Array:
+        """Text alone, as in BERT: ids int [B, L], mask bool [B, L] -> [B, L, A].
+
+                t1 t2 pad
+        text 1   x  x  .
+        text 2   x  x  .
+        """
+        embed_key, layers_key = _split(key)
+        x = self._start(self._embed_text(ids), embed_key)
+        return self._run(x, 0, mask[:, None, None, :], None, None, None, layers_key)[0]
+
+    def encode_pairs(
+        self,
+        frames: jax.Array,
+        frames_mask: jax.Array | None,
+        ids: jax.Array,
+        mask: jax.Array,
+        key: jax.Array | None = None,
+    ) -> jax.Array:
+        """Queries and text both ways -> queries [B, Q, A] that have read frames and text.
+
+                 q1 q2  t1 t2 pad   frames
+        query 1   x  x   x  x  .      x
+        query 2   x  x   x  x  .      x
+        text 1    x  x   x  x  .      .
+        text 2    x  x   x  x  .      .
+        """
+        num_queries = self.config.num_queries
+        queries = self._expanded_queries(frames.shape[0])
+        embed_key, layers_key = _split(key)
+        x = self._start(jnp.concatenate([queries, self._embed_text(ids)], 1), embed_key)
+        mask = jnp.pad(mask.astype(bool), ((0, 0), (num_queries, 0)), constant_values=True)
+        x, _ = self._run(x, num_queries, mask[:, None, None, :], frames, frames_mask, None, layers_key)
+        return x[:, :num_queries]
+
+    def encode_text_causally(
+        self, ids: jax.Array, mask: jax.Array, cache: list[KeysValues], key: jax.Array | None = None
+    ) -> jax.Array:
+        """Text from left to right on the queries' cached keys and values -> [B, L, A], for `lm_logits`.
+
+                q1 q2  t1 t2 t3 pad
+        text 1   x  x   x  .  .  .
+        text 2   x  x   x  x  .  .
+        text 3   x  x   x  x  x  .
+        """
+        length = ids.shape[1]
+        causal = jnp.tril(jnp.ones((length, length), bool)) & mask.astype(bool)[:, None, :]
+        causal = jnp.pad(causal, ((0, 0), (0, 0), (self.config.num_queries, 0)), constant_values=True)
+        embed_key, layers_key = _split(key)
+        x = self._start(self._embed_text(ids), embed_key)
+        return self._run(x, 0, causal[:, None], None, None, cache, layers_key)[0]
+
+    def lm_logits(self, hidden: jax.Array) -> jax.Array:
+        """The LM head, its output matrix shared with the word embeddings: [..., A] -> float32 [..., V]."""
+        hidden = layers.activation(self.config.hidden_act)(self.lm_transform(hidden))
+        hidden = self.lm_norm(hidden.astype(jnp.float32))
+        table = self.word_embeddings.embedding[...].astype(self.lm_transform.dtype)
+        logits = jnp.einsum(
+            "...A,VA->...V", hidden.astype(table.dtype), table, preferred_element_type=jnp.float32
+        )
+        return logits + self.lm_bias[...].astype(jnp.float32)
+
+    def _expanded_queries(self, batch: int) -> jax.Array:
+        queries = self.query_tokens[...].astype(jnp.float32)
+        return jnp.broadcast_to(queries, (batch, *queries.shape[1:]))
+
+    def _embed_text(self, ids: jax.Array) -> jax.Array:
+        if not self.config.text:
+            raise ValueError("this Q-Former has no text half: build it with QFormerConfig(text=True).")
+        if ids.shape[1] > self.config.max_position_embeddings:
+            raise ValueError(
+                f"texts are padded to {ids.shape[1]} tokens but the Q-Former has "
+                f"{self.config.max_position_embeddings} position embeddings: shorten the text bucket."
+            )
+        return self.word_embeddings(ids) + self.position_embeddings(jnp.arange(ids.shape[1]))
+
+    def _start(self, x: jax.Array, key: jax.Array | None) -> jax.Array:
+        return layers.dropout(self.embeddings_norm(x), self.config.hidden_dropout_prob, key)
+
+    def _run(
+        self,
+        x: jax.Array,
+        num_queries: int,
+        mask: jax.Array | None,
+        frames: jax.Array | None,
+        frames_mask: jax.Array | None,
+        cache: list[KeysValues] | None,
+        key: jax.Array | None,
+    ) -> tuple[jax.Array, list[KeysValues]]:
+        """The layers: x [B, num_queries + L, A] -> the same, and every layer's keys and values."""
+        if frames is not None:
+            frames = self.frames_norm(frames)
+        if frames_mask is not None:
+            frames_mask = frames_mask.astype(bool)[:, None, None, :]
+        if mask is not None:
+            mask = mask.astype(bool)
+        all_keys_values = []
+        for i, layer in enumerate(self.layers):
+            cached = None if cache is None else cache[i]
+            layer_key = None if key is None else jax.random.fold_in(key, i)
+            with jax.named_scope(f"layer_{i}"):
+                x, keys_values = layer(x, num_queries, mask, frames, frames_mask, cached, layer_key)
+            all_keys_values.append(keys_values)
+        return x, all_keys_values
+
+
+def _split(key: jax.Array | None):
+    return (None, None) if key is None else jax.random.split(key)

@@ -1,0 +1,78 @@
+"""Waveforms: normalised as the encoder was trained on, checked, and padded to batches. NumPy only."""
+
+import dataclasses
+import json
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+
+SAMPLE_RATE = 16_000
+
+
+@dataclasses.dataclass(frozen=True)
+class FeatureExtractor:
+    """What an encoder's `preprocessor_config.json` says of its input.
+
+    do_normalize: each waveform to mean 0 and variance 1. compat="published" overrules it: the published
+    code divides by the largest absolute sample instead.
+    """
+
+    do_normalize: bool = True
+    compat: str | None = None
+
+    @classmethod
+    def from_folder(cls, folder: str | Path, compat: str | None = None) -> "FeatureExtractor":
+        """Reads a transformers folder. Without the file, transformers' default: normalise.
+
+        Raises ValueError for an encoder of another sample rate.
+        """
+        file = Path(folder) / "preprocessor_config.json"
+        config = json.loads(file.read_text()) if file.exists() else {}
+        rate = config.get("sampling_rate", SAMPLE_RATE)
+        if rate != SAMPLE_RATE:
+            raise ValueError(f"{file} asks for {rate} Hz; this project works at {SAMPLE_RATE} Hz.")
+        return cls(config.get("do_normalize", True), compat)
+
+    def __call__(self, waveform: np.ndarray) -> np.ndarray:
+        """One waveform [S] at 16 kHz -> float32 [S]. Silence stays silence."""
+        waveform = np.asarray(waveform, np.float32)
+        if self.compat == "published":
+            peak = np.abs(waveform).max(initial=0.0)
+            return waveform / peak if peak > 0 else waveform
+        if not self.do_normalize:
+            return waveform
+        return (waveform - waveform.mean()) / np.sqrt(waveform.var() + 1e-7)
+
+
+def pad(
+    waveforms: Sequence[np.ndarray], length: int | None = None, *, min_samples: int = 400
+) -> tuple[np.ndarray, np.ndarray]:
+    """Waveforms [S_i] -> (float32 [B, S], mask bool [B, S]), zeros after each waveform's end.
+
+    S is `length`, or the longest. Raises ValueError, naming the waveform, for one that is not
+    one-dimensional, holds a sample that is not finite, is shorter than `min_samples` (one frame: see
+    `HubertConfig.min_samples`), or longer than `length`: nothing is ever cut.
+    """
+    for i, waveform in enumerate(waveforms):
+        if waveform.ndim != 1:
+            raise ValueError(f"waveform {i} has shape {waveform.shape}; one channel, [S], is needed.")
+        if len(waveform) < min_samples:
+            raise ValueError(
+                f"waveform {i} has {len(waveform)} samples ({len(waveform) / SAMPLE_RATE:.3f} s), "
+                f"less than one frame of the encoder ({min_samples} samples): leave it out."
+            )
+        if length is not None and len(waveform) > length:
+            raise ValueError(
+                f"waveform {i} has {len(waveform)} samples ({len(waveform) / SAMPLE_RATE:.1f} s) but the "
+                f"batch is {length} long: use a longer bucket, or cut the recording into pieces."
+            )
+        if not np.isfinite(waveform).all():
+            raise ValueError(f"waveform {i} has samples that are not finite (NaN or infinity).")
+    length = max(map(len, waveforms)) if length is None else length
+    batch = np.zeros((len(waveforms), length), np.float32)
+    mask = np.zeros(batch.shape, bool)
+    for i, waveform in enumerate(waveforms):
+        batch[i, : len(waveform)] = waveform
+        mask[i, : len(waveform)] = True
+    return batch, mask

@@ -1,0 +1,1 @@
+"""Speech encoders: waveform -> frames. One file per family."""

@@ -1,0 +1,238 @@
+"""What the towers share: linear maps, norms, attention, and equal layers stacked and run by `scan`.
+
+Parameters are named and shaped as in Flax (`kernel` is [in, out]). Each carries, as metadata `axes`,
+the names of its dimensions; `sharding.py` says on which mesh axis each name lies.
+"""
+
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax.typing import DTypeLike
+
+ACTIVATIONS = {
+    "gelu": lambda x: jax.nn.gelu(x, approximate=False),
+    "gelu_new": lambda x: jax.nn.gelu(x, approximate=True),
+    "gelu_pytorch_tanh": lambda x: jax.nn.gelu(x, approximate=True),
+    "relu": jax.nn.relu,
+    "silu": jax.nn.silu,
+}
+
+REMAT_POLICIES = {
+    "full": jax.checkpoint_policies.nothing_saveable,
+    "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+}
+
+
+def check_remat(remat: str | None) -> None:
+    """Raises ValueError when `remat` names no rematerialisation policy."""
+    if remat is not None and remat not in REMAT_POLICIES:
+        raise ValueError(
+            f"remat={remat!r} is not a rematerialisation policy; "
+            f"use None (keep everything) or one of {sorted(REMAT_POLICIES)}."
+        )
+
+
+def activation(name: str) -> Callable[[jax.Array], jax.Array]:
+    """The activation that transformers calls `name`; ValueError for one that is not known here."""
+    if name not in ACTIVATIONS:
+        raise ValueError(f"activation {name!r} is not supported; supported: {sorted(ACTIVATIONS)}.")
+    return ACTIVATIONS[name]
+
+
+def linear(
+    d_in: int,
+    d_out: int,
+    axes: tuple[str | None, str | None],
+    *,
+    bias: bool = True,
+    dtype: DTypeLike,
+    param_dtype: DTypeLike,
+    rngs: nnx.Rngs,
+) -> nnx.Linear:
+    """A linear map with kernel [d_in, d_out], initialised as BERT and Llama are: normal(0, 0.02)."""
+    return nnx.Linear(
+        d_in,
+        d_out,
+        use_bias=bias,
+        dtype=dtype,
+        param_dtype=param_dtype,
+        kernel_init=nnx.initializers.normal(0.02),
+        kernel_metadata={"axes": axes},
+        bias_metadata={"axes": axes[1:]},
+        rngs=rngs,
+    )
+
+
+def embedding(
+    num: int, features: int, *, dtype: DTypeLike, param_dtype: DTypeLike, rngs: nnx.Rngs
+) -> nnx.Embed:
+    """A table [num, features], initialised normal(0, 0.02)."""
+    return nnx.Embed(
+        num,
+        features,
+        dtype=dtype,
+        param_dtype=param_dtype,
+        embedding_init=nnx.initializers.normal(0.02),
+        embedding_metadata={"axes": ("vocab", "embed")},
+        rngs=rngs,
+    )
+
+
+class LayerNorm(nnx.LayerNorm):
+    """Layer norm over the last dimension, in float32; the result has the input's dtype."""
+
+    def __init__(self, features: int, epsilon: float, *, param_dtype: DTypeLike, rngs: nnx.Rngs):
+        super().__init__(
+            features,
+            epsilon=epsilon,
+            dtype=jnp.float32,
+            param_dtype=param_dtype,
+            use_fast_variance=False,  # E[x^2] - E[x]^2 cancels where PyTorch's does not
+            scale_metadata={"axes": (None,)},
+            bias_metadata={"axes": (None,)},
+            rngs=rngs,
+        )
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        return super().__call__(x).astype(x.dtype)
+
+
+class RMSNorm(nnx.RMSNorm):
+    """Root-mean-square norm over the last dimension, in float32; the result has the input's dtype."""
+
+    def __init__(self, features: int, epsilon: float, *, param_dtype: DTypeLike, rngs: nnx.Rngs):
+        super().__init__(
+            features,
+            epsilon=epsilon,
+            dtype=jnp.float32,
+            param_dtype=param_dtype,
+            scale_metadata={"axes": (None,)},
+            rngs=rngs,
+        )
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        return super().__call__(x).astype(x.dtype)
+
+
+def dropout(x: jax.Array, rate: float, key: jax.Array | None) -> jax.Array:
+    """Drops entries of x with probability `rate`; without a key (evaluation) x itself."""
+    if key is None or rate == 0.0:
+        return x
+    keep = jax.random.bernoulli(key, 1.0 - rate, x.shape)
+    return jnp.where(keep, x / (1.0 - rate), 0.0).astype(x.dtype)
+
+
+def attention(
+    query: jax.Array,
+    key: jax.Array,
+    value: jax.Array,
+    mask: jax.Array | None,
+    *,
+    dropout_rate: float = 0.0,
+    dropout_key: jax.Array | None = None,
+) -> jax.Array:
+    """Scaled dot-product attention with the softmax in float32.
+
+    query [B, T, N, H]; key and value [B, S, K, H], K dividing N; mask bool, broadcastable to
+    [B, N, T, S], True where a query may look. Returns [B, T, N, H]. A query that may look nowhere
+    gets the mean of the values: finite, and never used.
+    """
+    if dropout_key is None or dropout_rate == 0.0:
+        return jax.nn.dot_product_attention(query, key, value, mask=mask)
+    scores = jnp.einsum("BTNH,BSNH->BNTS", query, key, preferred_element_type=jnp.float32)
+    scores *= query.shape[-1] ** -0.5
+    if mask is not None:
+        scores = jnp.where(mask, scores, jnp.finfo(jnp.float32).min)
+    weights = dropout(jax.nn.softmax(scores), dropout_rate, dropout_key)
+    return jnp.einsum("BNTS,BSNH->BTNH", weights.astype(value.dtype), value)
+
+
+class Attention(nnx.Module):
+    """Multi-head attention with biases, as in HuBERT and BERT.
+
+    Queries come from x [B, T, width], keys and values from `source` [B, S, source_width].
+    """
+
+    def __init__(
+        self,
+        width: int,
+        num_heads: int,
+        source_width: int | None = None,
+        *,
+        dropout_rate: float = 0.0,
+        dtype: DTypeLike,
+        param_dtype: DTypeLike,
+        rngs: nnx.Rngs,
+    ):
+        if width % num_heads:
+            raise ValueError(
+                f"the width {width} is not a multiple of the number of attention heads {num_heads}."
+            )
+        kwargs = dict(dtype=dtype, param_dtype=param_dtype, rngs=rngs)
+        source_width = source_width or width
+        self.query = linear(width, width, ("embed", "heads"), **kwargs)
+        self.key = linear(source_width, width, ("embed", "heads"), **kwargs)
+        self.value = linear(source_width, width, ("embed", "heads"), **kwargs)
+        self.out = linear(width, width, ("heads", "embed"), **kwargs)
+        self.num_heads = num_heads
+        self.dropout_rate = dropout_rate
+
+    def _split_heads(self, x: jax.Array) -> jax.Array:
+        return x.reshape(*x.shape[:-1], self.num_heads, -1)  # [B, T, N, H]
+
+    def keys_values(self, source: jax.Array) -> tuple[jax.Array, jax.Array]:
+        """source [B, S, source_width] -> keys and values, each [B, S, N, H]."""
+        return self._split_heads(self.key(source)), self._split_heads(self.value(source))
+
+    def __call__(
+        self,
+        x: jax.Array,
+        keys_values: tuple[jax.Array, jax.Array],
+        mask: jax.Array | None,
+        dropout_key: jax.Array | None = None,
+    ) -> jax.Array:
+        """x [B, T, width], keys and values [B, S, N, H], mask bool [B|1, 1, T|1, S] -> [B, T, width]."""
+        out = attention(
+            self._split_heads(self.query(x)),
+            *keys_values,
+            mask,
+            dropout_rate=self.dropout_rate,
+            dropout_key=dropout_key,
+        )
+        return self.out(out.reshape(*x.shape[:-1], -1))
+
+
+def stack(make_layer: Callable[[nnx.Rngs], nnx.Module], num: int, rngs: nnx.Rngs) -> nnx.Module:
+    """`num` equal layers as one module whose parameters have a leading layer dimension."""
+    return nnx.vmap(make_layer)(rngs.split(num))
+
+
+def scan(
+    layers: nnx.Module,
+    step: Callable,
+    carry,
+    xs=None,
+    *,
+    num: int | None = None,
+    remat: str | None = None,
+):
+    """Runs stacked layers one after the other in one compiled loop.
+
+    `step(layer, carry, x) -> (carry, y)`; `num` runs only the first `num` layers; `remat` is a key of
+    REMAT_POLICIES: what the backward pass recomputes instead of keeping.
+    Returns (carry, stacked ys).
+    """
+    check_remat(remat)
+    graphdef, state = nnx.split(layers)
+    if num is not None:
+        state = jax.tree.map(lambda leaf: leaf[:num], state)
+
+    def body(carry, state_and_x):
+        state, x = state_and_x
+        return step(nnx.merge(graphdef, state), carry, x)
+
+    if remat is not None:
+        body = jax.checkpoint(body, policy=REMAT_POLICIES[remat], prevent_cse=False)
+    return jax.lax.scan(body, carry, (state, xs))

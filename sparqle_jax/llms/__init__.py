@@ -1,0 +1,1 @@
+"""Language models: tokens or embeddings -> hidden states and logits."""

@@ -1,0 +1,232 @@
+"""The two models that are trained: `Aligner` in stage 1, `SparQLe` in stage 2 and for inference.
+
+    Aligner   waveform -> encoder -> Q-Former <-> text             (STC + STM + STG, no LLM)
+    SparQLe   waveform -> encoder -> adapter -> projection -> LLM  (loss on the answer)
+
+Shape letters: B batch, S waveform samples, T frames, Q queries, L text tokens, D encoder width,
+A adapter width, M LLM width, P width of the contrastive features, V vocabulary. Masks: 1 is real.
+Batches are dictionaries of arrays; `audio.pad` and `prompts.collate` make their parts.
+"""
+
+import re
+from collections.abc import Mapping, Sequence
+from typing import Literal
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax.typing import DTypeLike
+
+from sparqle_jax import layers, losses
+from sparqle_jax.adapters.qformer import QFormer
+from sparqle_jax.encoders.hubert import Hubert
+from sparqle_jax.llms.decoder import Decoder
+
+Batch = Mapping[str, jax.Array]
+
+# Which parameters train. Every parameter must match exactly one of these.
+RULES: tuple[tuple[str, Literal["trained", "frozen"]], ...] = (
+    (r"encoder\..*", "frozen"),
+    (r"llm\..*", "frozen"),
+    (r"adapter\..*", "trained"),
+    (r"projection\..*", "trained"),
+    (r"heads\..*", "trained"),
+)
+
+
+class AlignmentHeads(nnx.Module):
+    """What stage 1 trains besides the adapter: the heads of its losses."""
+
+    def __init__(
+        self, adapter_width: int, features: int = 256, *, dtype: DTypeLike = jnp.float32, rngs: nnx.Rngs
+    ):
+        kwargs = dict(dtype=dtype, param_dtype=jnp.float32, rngs=rngs)
+        self.speech_projection = layers.linear(adapter_width, features, ("embed", None), **kwargs)
+        self.text_projection = layers.linear(adapter_width, features, ("embed", None), **kwargs)
+        self.matching = layers.linear(adapter_width, 2, ("embed", None), **kwargs)
+        self.temperature = nnx.Param(jnp.float32(0.07), axes=())
+
+    def speech_features(self, queries: jax.Array) -> jax.Array:
+        """queries [B, Q, A] -> float32 [B, Q, P] of length 1."""
+        return _normalise(self.speech_projection(queries))
+
+    def text_features(self, text: jax.Array) -> jax.Array:
+        """The encoded text [B, L, A] -> float32 [B, P] of length 1, from its first token."""
+        return _normalise(self.text_projection(text[:, 0]))
+
+
+class Aligner(nnx.Module):
+    """Stage 1: speech and text meet in the Q-Former, without the LLM.
+
+    batch: waveform float [B, S], waveform_mask bool [B, S], text int [B, L] (the adapter's tokens,
+    from its [CLS] on), text_mask bool [B, L], recording_id int [B] (equal for texts of one recording).
+    """
+
+    def __init__(self, encoder: Hubert, adapter: QFormer, heads: AlignmentHeads):
+        _check_widths(encoder, adapter)
+        self.encoder, self.adapter, self.heads = encoder, adapter, heads
+
+    def matching_logits(
+        self,
+        frames: jax.Array,
+        frames_mask: jax.Array | None,
+        text: jax.Array,
+        text_mask: jax.Array,
+        negatives: tuple[jax.Array, jax.Array],
+        key: jax.Array | None = None,
+    ) -> jax.Array:
+        """float32 [3B, 2]: the pairs, then each text with a wrong recording, then each recording with a wrong text.
+
+        negatives: indices int [B] of the wrong recordings and of the wrong texts.
+        """
+        wrong_speech, wrong_text = negatives
+        if frames_mask is not None:
+            frames_mask = jnp.concatenate([frames_mask, frames_mask[wrong_speech], frames_mask])
+        queries = self.adapter.encode_pairs(
+            jnp.concatenate([frames, frames[wrong_speech], frames]),
+            frames_mask,
+            jnp.concatenate([text, text, text[wrong_text]]),
+            jnp.concatenate([text_mask, text_mask, text_mask[wrong_text]]),
+            key,
+        )
+        return self.heads.matching(queries).astype(jnp.float32).mean(1)
+
+    def loss(
+        self,
+        batch: Batch,
+        key: jax.Array,
+        *,
+        train: bool = True,
+        negatives: tuple[jax.Array, jax.Array] | None = None,
+    ) -> tuple[jax.Array, dict[str, jax.Array]]:
+        """The sum of the three losses, and each by name: stc, stm, stg.
+
+        key: for the hard negatives (unless `negatives` gives them) and, when `train`, for dropout.
+        """
+        frames, frames_mask = self.encoder(batch["waveform"], batch.get("waveform_mask"))
+        frames = jax.lax.stop_gradient(frames)
+        text, text_mask, ids = (jnp.asarray(batch[k]) for k in ("text", "text_mask", "recording_id"))
+        negatives_key, *keys = jax.random.split(key, 5)
+        speech_key, text_key, pairs_key, causal_key = keys if train else [None] * 4
+
+        queries, cache = self.adapter.encode_queries(frames, frames_mask, speech_key)
+        encoded_text = self.adapter.encode_text(text, text_mask, text_key)
+        similarities = losses.similarity(
+            self.heads.speech_features(queries),
+            self.heads.text_features(encoded_text),
+            self.heads.temperature[...],
+        )
+        stc = losses.contrastive_loss(similarities, ids)
+
+        if negatives is None:
+            negatives = losses.draw_negatives(negatives_key, similarities, ids)
+        logits = self.matching_logits(frames, frames_mask, text, text_mask, negatives, pairs_key)
+        stm = losses.matching_loss(logits, ids)
+
+        decoder_text = text.at[:, 0].set(self.adapter.config.bos_token_id)
+        hidden = self.adapter.encode_text_causally(decoder_text, text_mask, cache, causal_key)
+        stg = losses.token_loss(
+            hidden[:, :-1], text[:, 1:], text_mask[:, 1:], self.adapter.lm_logits, label_smoothing=0.1
+        )
+        return stc + stm + stg, {"stc": stc, "stm": stm, "stg": stg}
+
+
+class SparQLe(nnx.Module):
+    """Stage 2 and inference: the frozen LLM reads BOS, prompt, speech, prompt, and answers.
+
+    batch: waveform float [B, S], waveform_mask bool [B, S]; before and after int [B, L], padded on
+    the left, and answer int [B, L], padded on the right, each with its `_mask`. So the prompt ends,
+    and the answer begins, in the same column for all; what is padded is neither seen nor counted.
+
+    compat="published" runs the encoder and the adapter as the published PyTorch code does, masks and all.
+    """
+
+    def __init__(
+        self,
+        encoder: Hubert,
+        adapter: QFormer,
+        projection: nnx.Linear,
+        llm: Decoder,
+        *,
+        compat: Literal["published"] | None = None,
+    ):
+        if compat not in (None, "published"):
+            raise ValueError(f"compat must be None or 'published', got {compat!r}.")
+        _check_widths(encoder, adapter)
+        self.encoder, self.adapter, self.projection, self.llm = encoder, adapter, projection, llm
+        self.compat = compat
+
+    def embed_speech(
+        self, waveform: jax.Array, waveform_mask: jax.Array | None = None, key: jax.Array | None = None
+    ) -> jax.Array:
+        """waveform [B, S] -> what the LLM reads in its place [B, Q, M]. With a key, dropout is on."""
+        frames, frames_mask = self.encoder(waveform, waveform_mask, compat=self.compat)
+        if self.compat == "published":
+            frames_mask = None  # the published Q-Former looks at padding as well
+        return self.projection(self.adapter(jax.lax.stop_gradient(frames), frames_mask, key))
+
+    def embed_prompt(self, batch: Batch, key: jax.Array | None = None) -> tuple[jax.Array, jax.Array]:
+        """All that the LLM reads before it answers: embeddings [B, P, M] and their mask bool [B, P]."""
+        speech = self.embed_speech(batch["waveform"], batch.get("waveform_mask"), key)
+        before, after = self.llm.embed(batch["before"]), self.llm.embed(batch["after"])
+        embeddings = jnp.concatenate([before, speech, after], 1)
+        speech_mask = jnp.ones(speech.shape[:2], bool)
+        mask = jnp.concatenate([batch["before_mask"], speech_mask, batch["after_mask"]], 1)
+        return embeddings, mask
+
+    def loss(self, batch: Batch, key: jax.Array | None = None) -> tuple[jax.Array, dict[str, jax.Array]]:
+        """Cross-entropy of the answer, averaged over the answer tokens of the batch. Key: for dropout."""
+        prompt, prompt_mask = self.embed_prompt(batch, key)
+        answer, answer_mask = batch["answer"], batch["answer_mask"]
+        # The last token of the answer predicts nothing, so the LLM need not read it.
+        embeddings = jnp.concatenate([prompt, self.llm.embed(answer[:, :-1])], 1)
+        mask = jnp.concatenate([prompt_mask, answer_mask[:, :-1]], 1)
+        hidden, _ = self.llm(embeddings, mask)
+        loss = losses.token_loss(hidden[:, prompt.shape[1] - 1 :], answer, answer_mask, self.llm.logits)
+        return loss, {"loss": loss, "tokens": answer_mask.sum()}
+
+
+def partition(
+    model: nnx.Module, rules: Sequence[tuple[str, str]] = RULES
+) -> tuple[nnx.GraphDef, nnx.State, nnx.State]:
+    """(graph, trained parameters, frozen parameters); `nnx.merge` of the three gives the model again.
+
+    Raises ValueError with the names of all parameters that match no rule, or several.
+    """
+    kinds, problems = {}, []
+    for path, _ in nnx.to_flat_state(nnx.state(model)):
+        name = ".".join(map(str, path))
+        matches = [kind for pattern, kind in rules if re.fullmatch(pattern, name)]
+        if len(matches) == 1:
+            kinds[path] = matches[0]
+        else:
+            problems.append(f"  {name}: {len(matches)} rules")
+    if problems:
+        raise ValueError(
+            "every parameter must match exactly one rule, trained or frozen; mend the rules for:\n"
+            + "\n".join(problems)
+        )
+    return nnx.split(model, lambda path, _: kinds[tuple(path)] == "trained", ...)
+
+
+def make_projection(
+    adapter_width: int, llm_width: int, *, dtype: DTypeLike = jnp.float32, rngs: nnx.Rngs
+) -> nnx.Linear:
+    """The linear map from queries [B, Q, A] to the LLM's embeddings [B, Q, M]; parameters in float32."""
+    axes = (None, "embed")
+    return layers.linear(adapter_width, llm_width, axes, dtype=dtype, param_dtype=jnp.float32, rngs=rngs)
+
+
+def _check_widths(encoder: Hubert, adapter: QFormer) -> None:
+    if encoder.config.hidden_size != adapter.config.encoder_width:
+        raise ValueError(
+            f"the encoder's frames are {encoder.config.hidden_size} wide but the adapter reads "
+            f"{adapter.config.encoder_width}: set the adapter's encoder_width to the encoder's hidden_size."
+        )
+
+
+def _normalise(x: jax.Array) -> jax.Array:
+    """To length 1 over the last dimension, in float32; as torch's F.normalize, zero stays zero."""
+    x = x.astype(jnp.float32)
+    # The square root's derivative at zero is infinite, so the floor is under the root.
+    return x * jax.lax.rsqrt(jnp.maximum(jnp.square(x).sum(-1, keepdims=True), 1e-24))

@@ -1,0 +1,783 @@
+"""Weights: transformers folders and the published SparQLe checkpoint <-> this project's parameters.
+
+One table per tower says which checkpoint tensor is which parameter; it is read in both directions. Tensors
+are read one at a time, only the part that this host's devices hold, cast, and placed where the sharding
+says: on the host there is never more than one tensor in passing.
+"""
+
+import argparse
+import dataclasses
+import functools
+import json
+import re
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+import ml_dtypes  # noqa: F401  (teaches NumPy bfloat16, which safetensors needs)
+import numpy as np
+from flax import nnx
+from jax.sharding import SingleDeviceSharding
+from jax.typing import DTypeLike
+from safetensors import safe_open
+from safetensors.numpy import save_file
+
+from sparqle_jax.adapters.qformer import QFormer, QFormerConfig
+from sparqle_jax.encoders.hubert import Hubert, HubertConfig
+from sparqle_jax.llms.decoder import Decoder, DecoderConfig
+from sparqle_jax.model import Aligner, AlignmentHeads, SparQLe, make_projection
+
+ENCODERS = ("hubert",)
+LLMS = ("llama", "mistral", "qwen2", "qwen3")
+
+Sharding = Callable[[nnx.State], nnx.State]  # such as functools.partial(state_sharding, mesh=mesh)
+MakeModule = Callable[[nnx.Rngs], nnx.Module]
+
+READ_BYTES = 16 << 20  # how much of a tensor is cast at a time
+
+
+# --- Tables -------------------------------------------------------------------------------------------
+
+
+@dataclasses.dataclass(frozen=True)
+class Rule:
+    """A parameter and the tensor that it comes from.
+
+    target: path of the parameter. source: name of the tensor; further spellings follow in `others`.
+    `{i}` is a layer's number: in both, where layers are a list; in the source alone, where the parameter
+    holds all layers, stacked. axes: the tensor's dimensions in the parameter's order, None for the same.
+    """
+
+    target: str
+    source: str
+    axes: tuple[int, ...] | None = None
+    others: tuple[str, ...] = ()
+
+    @property
+    def spellings(self) -> tuple[str, ...]:
+        return (self.source, *self.others)
+
+
+@dataclasses.dataclass(frozen=True)
+class Table:
+    """All rules of a tower. A checkpoint may put one of `prefixes` before every name; tensors that match a
+    pattern in `ignored` are known and not needed; `copies` are tensors equal to another one, written
+    for the programs that expect them: copy -> original."""
+
+    rules: tuple[Rule, ...]
+    prefixes: tuple[str, ...] = ("",)
+    ignored: tuple[str, ...] = ()
+    copies: Mapping[str, str] = dataclasses.field(default_factory=dict)
+
+    def within(self, target: str, source: str) -> "Table":
+        """The same table for a tower that is a part of a larger model and of a larger checkpoint."""
+        rules = tuple(
+            Rule(target + r.target, source + r.source, r.axes, tuple(source + s for s in r.others))
+            for r in self.rules
+        )
+        ignored = tuple(re.escape(source) + pattern for pattern in self.ignored)
+        copies = {source + copy: source + original for copy, original in self.copies.items()}
+        return Table(rules, ("",), ignored, copies)
+
+    def __add__(self, other: "Table") -> "Table":
+        return Table(
+            self.rules + other.rules, ("",), self.ignored + other.ignored, {**self.copies, **other.copies}
+        )
+
+
+def _linear(target: str, source: str) -> tuple[Rule, Rule]:
+    return Rule(f"{target}.kernel", f"{source}.weight", (1, 0)), Rule(f"{target}.bias", f"{source}.bias")
+
+
+def _norm(target: str, source: str) -> tuple[Rule, Rule]:
+    # bert-base-uncased still has TensorFlow's names, gamma and beta.
+    return (
+        Rule(f"{target}.scale", f"{source}.weight", others=(f"{source}.gamma",)),
+        Rule(f"{target}.bias", f"{source}.bias", others=(f"{source}.beta",)),
+    )
+
+
+HUBERT = Table(
+    rules=(
+        Rule("conv_layers.{i}.conv.kernel", "feature_extractor.conv_layers.{i}.conv.weight", (2, 1, 0)),
+        Rule("conv_layers.{i}.conv.bias", "feature_extractor.conv_layers.{i}.conv.bias"),
+        *_norm("conv_layers.{i}.norm", "feature_extractor.conv_layers.{i}.layer_norm"),
+        *_norm("feature_norm", "feature_projection.layer_norm"),
+        *_linear("feature_projection", "feature_projection.projection"),
+        Rule(
+            "positional_conv.scale",
+            "encoder.pos_conv_embed.conv.parametrizations.weight.original0",
+            (2, 1, 0),
+            others=("encoder.pos_conv_embed.conv.weight_g",),
+        ),
+        Rule(
+            "positional_conv.direction",
+            "encoder.pos_conv_embed.conv.parametrizations.weight.original1",
+            (2, 1, 0),
+            others=("encoder.pos_conv_embed.conv.weight_v",),
+        ),
+        Rule("positional_conv.bias", "encoder.pos_conv_embed.conv.bias"),
+        *_norm("norm", "encoder.layer_norm"),
+        *_linear("layers.attention.query", "encoder.layers.{i}.attention.q_proj"),
+        *_linear("layers.attention.key", "encoder.layers.{i}.attention.k_proj"),
+        *_linear("layers.attention.value", "encoder.layers.{i}.attention.v_proj"),
+        *_linear("layers.attention.out", "encoder.layers.{i}.attention.out_proj"),
+        *_norm("layers.attention_norm", "encoder.layers.{i}.layer_norm"),
+        *_linear("layers.up", "encoder.layers.{i}.feed_forward.intermediate_dense"),
+        *_linear("layers.down", "encoder.layers.{i}.feed_forward.output_dense"),
+        *_norm("layers.mlp_norm", "encoder.layers.{i}.final_layer_norm"),
+    ),
+    prefixes=("", "hubert."),
+    # The mask embedding is for pre-training; heads belong to fine-tuned models.
+    ignored=(r"masked_spec_embed", r"lm_head\..*", r"projector\..*", r"classifier\..*", r"layer_weights"),
+)
+
+DECODER = Table(
+    rules=(
+        Rule("embeddings.embedding", "model.embed_tokens.weight"),
+        *_linear("layers.query", "model.layers.{i}.self_attn.q_proj"),
+        *_linear("layers.key", "model.layers.{i}.self_attn.k_proj"),
+        *_linear("layers.value", "model.layers.{i}.self_attn.v_proj"),
+        *_linear("layers.out", "model.layers.{i}.self_attn.o_proj"),
+        Rule("layers.query_norm.scale", "model.layers.{i}.self_attn.q_norm.weight"),
+        Rule("layers.key_norm.scale", "model.layers.{i}.self_attn.k_norm.weight"),
+        Rule("layers.attention_norm.scale", "model.layers.{i}.input_layernorm.weight"),
+        Rule("layers.mlp_norm.scale", "model.layers.{i}.post_attention_layernorm.weight"),
+        *_linear("layers.gate", "model.layers.{i}.mlp.gate_proj"),
+        *_linear("layers.up", "model.layers.{i}.mlp.up_proj"),
+        *_linear("layers.down", "model.layers.{i}.mlp.down_proj"),
+        Rule("norm.scale", "model.norm.weight"),
+        Rule("lm_head.kernel", "lm_head.weight", (1, 0)),
+    ),
+    ignored=(r"model\.layers\.\d+\.self_attn\.rotary_emb\.inv_freq",),
+)
+TIED_HEAD = (r"lm_head\.weight",)  # some checkpoints hold the tied matrix twice
+
+
+def _qformer_table(bert: str) -> Table:
+    """The Q-Former's BERT part; `bert` is what stands before `bert.` and `cls.` in the names."""
+    layer = f"{bert}bert.encoder.layer.{{i}}"
+    head = f"{bert}cls.predictions"
+    return Table(
+        rules=(
+            Rule("word_embeddings.embedding", f"{bert}bert.embeddings.word_embeddings.weight"),
+            Rule("position_embeddings.embedding", f"{bert}bert.embeddings.position_embeddings.weight"),
+            *_norm("embeddings_norm", f"{bert}bert.embeddings.LayerNorm"),
+            *_linear("layers.{i}.self_attention.attention.query", f"{layer}.attention.self.query"),
+            *_linear("layers.{i}.self_attention.attention.key", f"{layer}.attention.self.key"),
+            *_linear("layers.{i}.self_attention.attention.value", f"{layer}.attention.self.value"),
+            *_linear("layers.{i}.self_attention.attention.out", f"{layer}.attention.output.dense"),
+            *_norm("layers.{i}.self_attention.norm", f"{layer}.attention.output.LayerNorm"),
+            *_linear("layers.{i}.cross_attention.attention.query", f"{layer}.crossattention.self.query"),
+            *_linear("layers.{i}.cross_attention.attention.key", f"{layer}.crossattention.self.key"),
+            *_linear("layers.{i}.cross_attention.attention.value", f"{layer}.crossattention.self.value"),
+            *_linear("layers.{i}.cross_attention.attention.out", f"{layer}.crossattention.output.dense"),
+            *_norm("layers.{i}.cross_attention.norm", f"{layer}.crossattention.output.LayerNorm"),
+            *_linear("layers.{i}.text_mlp.up", f"{layer}.intermediate.dense"),
+            *_linear("layers.{i}.text_mlp.down", f"{layer}.output.dense"),
+            *_norm("layers.{i}.text_mlp.norm", f"{layer}.output.LayerNorm"),
+            *_linear("layers.{i}.query_mlp.up", f"{layer}.intermediate_query.dense"),
+            *_linear("layers.{i}.query_mlp.down", f"{layer}.output_query.dense"),
+            *_norm("layers.{i}.query_mlp.norm", f"{layer}.output_query.LayerNorm"),
+            *_linear("lm_transform", f"{head}.transform.dense"),
+            *_norm("lm_norm", f"{head}.transform.LayerNorm"),
+            Rule("lm_bias", f"{head}.bias"),
+        ),
+        ignored=(re.escape(f"{bert}bert.embeddings.position_ids"),),
+        copies={
+            f"{head}.decoder.weight": f"{bert}bert.embeddings.word_embeddings.weight",
+            f"{head}.decoder.bias": f"{head}.bias",
+        },
+    )
+
+
+_QFORMER = _qformer_table("Qformer.")
+QFORMER = Table(
+    (
+        *_norm("frames_norm", "ln_speech"),
+        Rule("query_tokens", "query_tokens"),
+        *_QFORMER.rules,
+    ),
+    ignored=_QFORMER.ignored,
+    copies=_QFORMER.copies,
+)
+# What the published checkpoint calls the trained parts of the two models.
+ALIGNER = QFORMER.within("adapter.", "") + Table(
+    (
+        *_linear("heads.speech_projection", "speech_proj"),
+        *_linear("heads.text_projection", "text_proj"),
+        *_linear("heads.matching", "itm_head"),
+        Rule("heads.temperature", "temp"),
+    )
+)
+SPARQLE = QFORMER.within("adapter.", "") + Table(
+    (
+        Rule("projection.kernel", "llama_proj.weight", (1, 0), others=("llm_proj.weight",)),
+        Rule("projection.bias", "llama_proj.bias", others=("llm_proj.bias",)),
+    )
+)
+# Parts of the published files that belong to the other stage, or to the frozen towers.
+TOWERS = (r"speech_encoder\..*", r"(llama|llm)_model\..*")
+STAGE_1_ONLY = (
+    r"Qformer\.cls\..*",
+    r"Qformer\.bert\.embeddings\.(word|position)_embeddings\.weight",
+    r"Qformer\.bert\.encoder\.layer\.\d+\.(intermediate|output)\..*",
+    r"(speech_proj|text_proj|itm_head)\..*",
+    r"temp",
+)
+
+
+# --- Checkpoint files -----------------------------------------------------------------------------------
+
+
+@dataclasses.dataclass(frozen=True)
+class Tensor:
+    """A tensor in a file. `read(index)` gives that part of it; until then nothing is read."""
+
+    shape: tuple[int, ...]
+    read: Callable[[tuple[slice, ...]], np.ndarray]
+
+
+def open_checkpoint(path: str | Path) -> dict[str, Tensor]:
+    """The tensors of a transformers folder, a .safetensors, or a PyTorch .bin or .pt file, by name.
+
+    Of a fairseq checkpoint, its `model`; the prefix `module.` goes. PyTorch files need `torch` and are read
+    with weights_only: code in them is not run. Raises FileNotFoundError and ValueError saying what to change.
+    """
+    path = Path(path)
+    if path.is_dir():
+        files = _weight_files(path)
+    elif path.exists():
+        files = [path]
+    else:
+        raise FileNotFoundError(f"{path} does not exist: give a model folder, or a checkpoint file.")
+    tensors: dict[str, Tensor] = {}
+    for file in files:
+        part = _open_safetensors(file) if file.suffix == ".safetensors" else _open_torch(file)
+        if twice := sorted(tensors.keys() & part.keys()):
+            raise ValueError(f"{file} holds tensors that another file of {path} holds too: {twice}.")
+        tensors.update(part)
+    return {name.removeprefix("module."): tensor for name, tensor in tensors.items()}
+
+
+def _weight_files(folder: Path) -> list[Path]:
+    """The weight files of a transformers folder: one, or those that its index names."""
+    for name in ("model.safetensors", "pytorch_model.bin"):
+        if (folder / name).exists():
+            return [folder / name]
+        index = folder / f"{name}.index.json"
+        if index.exists():
+            files = sorted({folder / f for f in json.loads(index.read_text())["weight_map"].values()})
+            if absent := [file.name for file in files if not file.exists()]:
+                raise FileNotFoundError(f"{index} names files that are not there: {absent}.")
+            return files
+    raise FileNotFoundError(
+        f"{folder} holds no weights: looked for model.safetensors and pytorch_model.bin, "
+        "each also in several files with an index."
+    )
+
+
+def _open_safetensors(file: Path) -> dict[str, Tensor]:
+    def read(name: str, index: tuple[slice, ...]) -> np.ndarray:
+        # Opened anew each time: the pages of a file that stays mapped would count as this program's memory.
+        with safe_open(file, "np") as checkpoint:
+            return checkpoint.get_slice(name)[index] if index else checkpoint.get_tensor(name)
+
+    with safe_open(file, "np") as checkpoint:
+        shapes = {name: tuple(checkpoint.get_slice(name).get_shape()) for name in checkpoint.keys()}
+    return {name: Tensor(shape, functools.partial(read, name)) for name, shape in shapes.items()}
+
+
+def _open_torch(file: Path) -> dict[str, Tensor]:
+    try:
+        import torch
+    except ImportError as error:
+        raise ValueError(
+            f"{file} is a PyTorch file: install torch to read it (pip install 'sparqle_jax[parity]')."
+        ) from error
+    try:
+        # fairseq keeps its command line, a plain Namespace, beside the model.
+        with torch.serialization.safe_globals([argparse.Namespace]):
+            checkpoint = torch.load(file, map_location="cpu", weights_only=True, mmap=True)
+    except Exception as error:
+        raise ValueError(
+            f"{file} could not be read as tensors alone, and running code from a checkpoint is refused: "
+            f"{error}\nIf you trust where it comes from, load it yourself and save its state dict."
+        ) from error
+    for key in ("model", "state_dict"):
+        if isinstance(checkpoint.get(key), Mapping):
+            checkpoint = checkpoint[key]
+            break
+
+    def read(tensor, index: tuple[slice, ...]) -> np.ndarray:
+        part = tensor[index] if index else tensor
+        if part.dtype == torch.bfloat16:  # which torch can't turn into a NumPy array
+            return part.contiguous().view(torch.uint16).numpy().view(ml_dtypes.bfloat16)
+        return part.numpy()
+
+    return {
+        name: Tensor(tuple(tensor.shape), functools.partial(read, tensor))
+        for name, tensor in checkpoint.items()
+        if isinstance(tensor, torch.Tensor)
+    }
+
+
+def read_config(folder: str | Path, supported: tuple[str, ...]) -> dict[str, Any]:
+    """A transformers folder's `config.json`, if it is of a `supported` model_type.
+
+    Raises FileNotFoundError and ValueError saying what was found and what would do.
+    """
+    file = Path(folder) / "config.json"
+    if not file.exists():
+        raise FileNotFoundError(
+            f"{folder} has no config.json: give the folder of a model that transformers saved "
+            f"(model_type one of {list(supported)})."
+        )
+    config = json.loads(file.read_text())
+    if config.get("model_type") not in supported:
+        raise ValueError(
+            f"{file} has model_type={config.get('model_type')!r}; supported here: {list(supported)}."
+        )
+    return config
+
+
+# --- Loading --------------------------------------------------------------------------------------------
+
+
+@dataclasses.dataclass(frozen=True)
+class Entry:
+    """One tensor and its place: parameter path, the layer's number if stacked, spellings, order of axes."""
+
+    path: tuple
+    layer: int | None
+    spellings: tuple[str, ...]
+    axes: tuple[int, ...] | None
+
+
+def _expand(table: Table, shapes: Mapping[tuple, tuple[int, ...]]) -> Iterator[Entry]:
+    """The table's rules for the parameters that a model has, one entry per tensor."""
+    names = {".".join(map(str, path)): path for path in shapes}
+    for rule in table.rules:
+        numbered, stacked = "{i}" in rule.target, "{i}" in rule.source
+        pattern = re.escape(rule.target).replace(r"\{i\}", r"(\d+)")
+        for name, path in names.items():
+            match = re.fullmatch(pattern, name)
+            if not match:
+                continue
+            if stacked and not numbered:
+                layers = [(i, i) for i in range(shapes[path][0])]
+            else:
+                layers = [(None, match[1] if numbered else None)]
+            for layer, i in layers:
+                spellings = tuple(s.replace("{i}", str(i)) for s in rule.spellings)
+                yield Entry(path, layer, spellings, rule.axes)
+
+
+def load(
+    make: MakeModule,
+    table: Table,
+    tensors: Mapping[str, Tensor],
+    *,
+    name: str,
+    sharding: Sharding | None = None,
+    ignored: Iterable[str] = (),
+    fresh: Iterable[str] = (),
+    rngs: nnx.Rngs | None = None,
+) -> nnx.Module:
+    """Makes a module and fills it from checkpoint tensors, each cast to its parameter's dtype.
+
+    make: builds the module from `rngs`; it is only traced, never run, but for the parameters that match a
+    pattern of `fresh`, which keep their random values. sharding: abstract state -> where each parameter goes
+    (default: the first device). name: what to call the checkpoint in errors. ignored: patterns of tensors
+    that may be there besides the table's.
+
+    Raises ValueError listing every problem at once: tensors that are missing, unexpected or of the wrong
+    shape, and parameters that no rule or several rules set.
+    """
+    rngs = nnx.Rngs(0) if rngs is None else rngs
+    graphdef, abstract = nnx.split(nnx.eval_shape(lambda: make(nnx.Rngs(0))))
+    variables = dict(nnx.to_flat_state(abstract))
+    shapes = {path: variable.get_value().shape for path, variable in variables.items()}
+    kept = {path for path in shapes if any(re.fullmatch(p, ".".join(map(str, path))) for p in fresh)}
+    entries = [entry for entry in _expand(table, shapes) if entry.path not in kept]
+    prefix = _prefix(table, tensors, entries)
+    tensors = {
+        key.removeprefix(prefix) if key.startswith(prefix) else key: tensor for key, tensor in tensors.items()
+    }
+    sources = _match(table, tensors, entries, shapes, kept, tuple(ignored), name)
+
+    default = jax.tree.map(lambda _: SingleDeviceSharding(jax.devices()[0]), abstract)
+    placed = sharding(abstract) if sharding else default
+    shardings = {path: variable.get_value() for path, variable in nnx.to_flat_state(placed)}
+    values = _fresh_values(make, rngs, kept, shardings) if kept else {}
+    for entry, source in zip(entries, sources, strict=True):
+        shape, dtype = shapes[entry.path], variables[entry.path].get_value().dtype
+        where = shardings[entry.path]
+        if entry.layer is None:
+            values[entry.path] = _read(tensors[source], entry.axes, shape, dtype, where)
+            continue
+        if entry.layer == 0:
+            values[entry.path] = jax.jit(jnp.zeros, static_argnums=(0, 1), out_shardings=where)(shape, dtype)
+        one = _read(tensors[source], entry.axes, shape[1:], dtype, _without_first(where))
+        values[entry.path] = _put_layer(values[entry.path], one, entry.layer, where)
+    state = nnx.from_flat_state([(path, v.replace(values[path])) for path, v in variables.items()])
+    return nnx.merge(graphdef, state)
+
+
+def _prefix(table: Table, tensors: Mapping[str, Tensor], entries: list[Entry]) -> str:
+    """That prefix of the table with which most of its tensors are there."""
+    wanted = {spelling for entry in entries for spelling in entry.spellings}
+    return max(table.prefixes, key=lambda prefix: sum(prefix + name in tensors for name in wanted))
+
+
+def _match(
+    table: Table,
+    tensors: Mapping[str, Tensor],
+    entries: list[Entry],
+    shapes: Mapping[tuple, tuple[int, ...]],
+    kept: set[tuple],
+    ignored: tuple[str, ...],
+    name: str,
+) -> list[str]:
+    """The tensor of every entry; ValueError with all that does not fit."""
+    problems, sources = [], []
+    for entry in entries:
+        found = [spelling for spelling in entry.spellings if spelling in tensors]
+        parameter = ".".join(map(str, entry.path))
+        if len(found) != 1:
+            what = "is given twice, as " + " and ".join(found) if found else "is missing"
+            problems.append(f"  {entry.spellings[0]} {what} (for {parameter})")
+        sources.append(found[0] if found else "")
+        if found:
+            shape = shapes[entry.path] if entry.layer is None else shapes[entry.path][1:]
+            if entry.axes is not None:
+                shape = tuple(shape[entry.axes.index(k)] for k in range(len(shape)))
+            if shape != tensors[found[0]].shape:
+                problems.append(f"  {found[0]} has shape {tensors[found[0]].shape}, needed is {shape}")
+    times_set: dict[tuple, int] = {path: 0 for path in shapes if path not in kept}
+    for key in {(entry.path, entry.layer) for entry in entries}:
+        times_set[key[0]] += 1
+    problems += [f"  no tensor sets {'.'.join(map(str, p))}" for p, n in times_set.items() if n == 0]
+    known = (*table.ignored, *map(re.escape, table.copies), *ignored)
+    used = set(sources)
+    problems += [
+        f"  {key} is unexpected"
+        for key in tensors
+        if key not in used and not any(re.fullmatch(pattern, key) for pattern in known)
+    ]
+    if problems:
+        raise ValueError(
+            f"{name} does not fit the model ({len(problems)} problems): is it of the same sizes and family "
+            "as the configuration?\n" + "\n".join(problems)
+        )
+    return sources
+
+
+def _read(
+    tensor: Tensor, axes: tuple[int, ...] | None, shape: tuple[int, ...], dtype: DTypeLike, where
+) -> jax.Array:
+    """The tensor as an array: each host reads what its devices hold, casting a few MiB at a time."""
+    order = tuple(range(len(shape))) if axes is None else axes
+
+    def read(index: tuple[slice, ...]) -> np.ndarray:
+        index = tuple(slice(*s.indices(n)) for s, n in zip(index, shape, strict=True))
+        out = np.empty([s.stop - s.start for s in index], dtype)
+        if not out.ndim:
+            out[...] = tensor.read(())
+            return out
+        in_file = out.transpose(np.argsort(order))  # a view of `out`, dimensions as in the file
+        ranges = [index[order.index(k)] for k in range(len(order))]
+        rows = max(1, READ_BYTES // max(1, in_file[:1].nbytes))
+        for start in range(0, len(in_file), rows):
+            stop = min(start + rows, len(in_file))
+            offset = ranges[0].start
+            in_file[start:stop] = tensor.read((slice(offset + start, offset + stop), *ranges[1:]))
+        return out
+
+    return jax.make_array_from_callback(shape, where, read)
+
+
+@functools.partial(jax.jit, donate_argnums=0, static_argnums=3)
+def _put_layer(stacked: jax.Array, one: jax.Array, layer: jax.Array, where) -> jax.Array:
+    """Writes one layer's parameter into the stack, in place."""
+    stacked = jax.lax.dynamic_update_index_in_dim(stacked, one, layer, 0)
+    return jax.lax.with_sharding_constraint(stacked, where)
+
+
+def _without_first(sharding):
+    """The sharding of one layer of a stacked parameter."""
+    if isinstance(sharding, jax.sharding.NamedSharding):
+        return jax.sharding.NamedSharding(sharding.mesh, jax.sharding.PartitionSpec(*sharding.spec[1:]))
+    return sharding
+
+
+def _fresh_values(make: MakeModule, rngs: nnx.Rngs, kept: set[tuple], shardings) -> dict[tuple, jax.Array]:
+    """The random values of the parameters in `kept`; the others are never made."""
+    graphdef, state = nnx.split(rngs)
+
+    def make_kept(state):
+        module = make(nnx.merge(graphdef, state))
+        return {path: v.get_value() for path, v in nnx.to_flat_state(nnx.state(module)) if path in kept}
+
+    return jax.jit(make_kept, out_shardings={path: shardings[path] for path in kept})(state)
+
+
+def load_hubert(
+    folder: str | Path,
+    *,
+    dtype: DTypeLike = jnp.float32,
+    param_dtype: DTypeLike | None = None,
+    sharding: Sharding | None = None,
+    remat: str | None = None,
+) -> Hubert:
+    """A HuBERT from a transformers folder. param_dtype: as `dtype`, unless given."""
+    config = HubertConfig.from_dict(read_config(folder, ENCODERS))
+
+    def make(rngs: nnx.Rngs) -> Hubert:
+        return Hubert(config, dtype=dtype, param_dtype=param_dtype or dtype, remat=remat, rngs=rngs)
+
+    return load(make, HUBERT, open_checkpoint(folder), name=str(folder), sharding=sharding)
+
+
+def load_decoder(
+    folder: str | Path,
+    *,
+    dtype: DTypeLike = jnp.float32,
+    param_dtype: DTypeLike | None = None,
+    sharding: Sharding | None = None,
+    remat: str | None = None,
+) -> Decoder:
+    """A language model from a transformers folder. param_dtype: as `dtype`, unless given."""
+    config = DecoderConfig.from_dict(read_config(folder, LLMS))
+
+    def make(rngs: nnx.Rngs) -> Decoder:
+        return Decoder(config, dtype=dtype, param_dtype=param_dtype or dtype, remat=remat, rngs=rngs)
+
+    ignored = TIED_HEAD if config.tie_word_embeddings else ()
+    tensors = open_checkpoint(folder)
+    return load(make, DECODER, tensors, name=str(folder), sharding=sharding, ignored=ignored)
+
+
+def load_bert(
+    folder: str | Path,
+    *,
+    dtype: DTypeLike = jnp.float32,
+    sharding: Sharding | None = None,
+    rngs: nnx.Rngs,
+    **sizes,
+) -> QFormer:
+    """A new Q-Former that starts from a BERT folder, as the paper's does; parameters in float32.
+
+    The query feed-forward starts as a copy of the text one; queries, cross-attention, the norm of the frames
+    and the embedding of [DEC] start at random from `rngs`, and so does the LM head of a BERT without one.
+    sizes: fields of QFormerConfig that BERT's configuration does not set (encoder_width, num_queries...).
+    """
+    config = QFormerConfig.from_bert(read_config(folder, ("bert",)), **sizes)
+    tensors = open_checkpoint(folder)
+    if not any(key.startswith("bert.") for key in tensors):
+        tensors = {f"bert.{key}": tensor for key, tensor in tensors.items()}
+    for key in list(tensors):
+        if match := re.fullmatch(r"(bert\.encoder\.layer\.\d+\.)(intermediate|output)(\..*)", key):
+            tensors[f"{match[1]}{match[2]}_query{match[3]}"] = tensors[key]
+    fresh = [r"query_tokens", r"frames_norm\..*", r"layers\.\d+\.cross_attention\..*"]
+    ignored = [r"bert\.pooler\..*", r"cls\.seq_relationship\..*"]
+    if not config.text:
+        ignored += [pattern.replace(r"Qformer\.", "") for pattern in STAGE_1_ONLY]
+    elif "cls.predictions.bias" not in tensors:
+        fresh += [r"lm_.*"]
+    new_row = 0.02 * np.asarray(jax.random.normal(rngs.params(), (1, config.hidden_size)))
+    for name, row in (
+        ("bert.embeddings.word_embeddings.weight", new_row),
+        ("cls.predictions.bias", np.zeros(1, np.float32)),
+    ):
+        if name in tensors:
+            tensors[name] = _with_row(tensors[name], row)
+
+    def make(rngs: nnx.Rngs) -> QFormer:
+        return QFormer(config, dtype=dtype, rngs=rngs)
+
+    return load(
+        make,
+        _qformer_table(""),
+        tensors,
+        name=str(folder),
+        sharding=sharding,
+        ignored=ignored,
+        fresh=fresh,
+        rngs=rngs,
+    )
+
+
+def _with_row(tensor: Tensor, row: np.ndarray) -> Tensor:
+    whole = np.concatenate([tensor.read((slice(None),) * len(tensor.shape)).astype(np.float32), row])
+    return Tensor(whole.shape, lambda index: whole[index])
+
+
+def published_config(tensors: Mapping[str, Tensor], *, head_size: int = 64, **values) -> QFormerConfig:
+    """The sizes of the Q-Former in a published checkpoint, read from its tensors.
+
+    What tensors do not tell is BERT's: heads of 64, dropout 0.1; `values` overrule.
+    Raises ValueError when it is no SparQLe checkpoint.
+    """
+    layer = "Qformer.bert.encoder.layer"
+    needed = [
+        "query_tokens",
+        f"{layer}.0.crossattention.self.key.weight",
+        f"{layer}.0.intermediate_query.dense.weight",
+    ]
+    if absent := [name for name in needed if name not in tensors]:
+        raise ValueError(f"this is no SparQLe checkpoint: it has no {', '.join(absent)}.")
+    _, num_queries, width = tensors["query_tokens"].shape
+    with_cross = sorted(
+        int(match[1])
+        for name in tensors
+        if (match := re.fullmatch(r".*\.layer\.(\d+)\.crossattention\.self\.key\.weight", name))
+    )
+    num_layers = sum(
+        re.fullmatch(r".*\.layer\.\d+\.attention\.self\.key\.weight", n) is not None for n in tensors
+    )
+    words = tensors.get("Qformer.bert.embeddings.word_embeddings.weight")
+    positions = tensors.get("Qformer.bert.embeddings.position_ids")
+    found = dict(
+        encoder_width=tensors[needed[1]].shape[1],
+        num_queries=num_queries,
+        cross_attention_freq=with_cross[1] if len(with_cross) > 1 else num_layers,
+        hidden_size=width,
+        num_hidden_layers=num_layers,
+        num_attention_heads=width // head_size,
+        intermediate_size=tensors[needed[2]].shape[0],
+        text=words is not None,
+    )
+    if words is not None:
+        found.update(vocab_size=words.shape[0], bos_token_id=words.shape[0] - 1)
+    if positions is not None:
+        found.update(max_position_embeddings=positions.shape[1])
+    return QFormerConfig(**{**found, **values})
+
+
+def load_sparqle(
+    checkpoint: str | Path,
+    encoder: Hubert | HubertConfig,
+    llm: Decoder | DecoderConfig,
+    *,
+    compat: Literal["published"] | None = None,
+    dtype: DTypeLike = jnp.float32,
+    sharding: Sharding | None = None,
+    **values,
+) -> SparQLe:
+    """A stage-2 model from a checkpoint in the published names, such as SparQLe_best.pt.
+
+    encoder, llm: the loaded towers; or their configurations, when the checkpoint holds the towers too.
+    compat="published" for the published weights. values: fields of QFormerConfig that tensors do not tell.
+    Text halves and towers in the checkpoint that are not asked for are left aside.
+    """
+    tensors = open_checkpoint(checkpoint)
+    config = dataclasses.replace(published_config(tensors, **values), text=False)
+    encoder, llm = _towers(tensors, encoder, llm, str(checkpoint), dtype, sharding)
+
+    def make(rngs: nnx.Rngs) -> nnx.Dict:
+        return nnx.Dict(
+            adapter=QFormer(config, dtype=dtype, rngs=rngs),
+            projection=make_projection(config.hidden_size, llm.config.hidden_size, dtype=dtype, rngs=rngs),
+        )
+
+    trained = load(
+        make,
+        SPARQLE,
+        tensors,
+        name=str(checkpoint),
+        sharding=sharding,
+        ignored=(*TOWERS, *STAGE_1_ONLY),
+    )
+    return SparQLe(encoder, trained.adapter, trained.projection, llm, compat=compat)
+
+
+def load_aligner(
+    checkpoint: str | Path,
+    encoder: Hubert | HubertConfig,
+    *,
+    dtype: DTypeLike = jnp.float32,
+    sharding: Sharding | None = None,
+    **values,
+) -> Aligner:
+    """A stage-1 model from a checkpoint in the published names; arguments as for `load_sparqle`."""
+    tensors = open_checkpoint(checkpoint)
+    config = published_config(tensors, **values)
+    encoder, _ = _towers(tensors, encoder, None, str(checkpoint), dtype, sharding)
+    features = tensors["speech_proj.weight"].shape[0] if "speech_proj.weight" in tensors else 256
+
+    def make(rngs: nnx.Rngs) -> nnx.Dict:
+        return nnx.Dict(
+            adapter=QFormer(config, dtype=dtype, rngs=rngs),
+            heads=AlignmentHeads(config.hidden_size, features, dtype=dtype, rngs=rngs),
+        )
+
+    trained = load(make, ALIGNER, tensors, name=str(checkpoint), sharding=sharding, ignored=TOWERS)
+    return Aligner(encoder, trained.adapter, trained.heads)
+
+
+def _towers(tensors, encoder, llm, name, dtype, sharding):
+    """The towers: as given, or from the checkpoint where a configuration is given."""
+    kwargs = dict(dtype=dtype, param_dtype=dtype)
+    if isinstance(encoder, HubertConfig):
+        config = encoder
+        table = HUBERT.within("", "speech_encoder.")
+        part = {key: tensor for key, tensor in tensors.items() if key.startswith("speech_encoder.")}
+        encoder = load(
+            lambda rngs: Hubert(config, **kwargs, rngs=rngs), table, part, name=name, sharding=sharding
+        )
+    if isinstance(llm, DecoderConfig):
+        llm_config = llm
+        prefix = "llama_model." if any(key.startswith("llama_model.") for key in tensors) else "llm_model."
+        part = {key: tensor for key, tensor in tensors.items() if key.startswith(prefix)}
+        llm = load(
+            lambda rngs: Decoder(llm_config, **kwargs, rngs=rngs),
+            DECODER.within("", prefix),
+            part,
+            name=name,
+            sharding=sharding,
+            ignored=[prefix + pattern for pattern in TIED_HEAD] if llm_config.tie_word_embeddings else (),
+        )
+    return encoder, llm
+
+
+# --- Saving ---------------------------------------------------------------------------------------------
+
+
+def export(state: nnx.State, table: Table) -> dict[str, np.ndarray]:
+    """Parameters (or their gradients) under the checkpoint's names and in its shapes: the table backwards.
+
+    Parameters outside the table are left out; copies that the checkpoint keeps are written too.
+    """
+    values = {path: variable.get_value() for path, variable in nnx.to_flat_state(state)}
+    tensors = {}
+    for entry in _expand(table, {path: value.shape for path, value in values.items()}):
+        value = values[entry.path] if entry.layer is None else values[entry.path][entry.layer]
+        value = np.asarray(value)
+        if entry.axes is not None:
+            value = value.transpose(np.argsort(entry.axes))
+        tensors[entry.spellings[0]] = value.copy(order="C")  # savers write memory as it lies
+    copies = {copy: tensors[of] for copy, of in table.copies.items() if of in tensors}
+    return tensors | copies
+
+
+def save_published(model: SparQLe | Aligner, file: str | Path) -> None:
+    """Saves what trains under the published names: `.safetensors`, or `.pt` as the PyTorch code loads it.
+
+    Raises ValueError for another ending.
+    """
+    file = Path(file)
+    table = ALIGNER if isinstance(model, Aligner) else SPARQLE
+    tensors = export(nnx.state(model), table)
+    positions = np.arange(model.adapter.config.max_position_embeddings)[None]
+    tensors["Qformer.bert.embeddings.position_ids"] = positions  # a buffer that PyTorch looks for
+    if file.suffix == ".safetensors":
+        save_file(tensors, file)
+    elif file.suffix == ".pt":
+        import torch
+
+        torch.save({"model": {name: torch.from_numpy(value) for name, value in tensors.items()}}, file)
+    else:
+        raise ValueError(f"{file}: give a name that ends in .safetensors or .pt.")

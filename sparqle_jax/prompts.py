@@ -1,0 +1,215 @@
+"""What the LLM reads around the speech: instructions, chat templates, tokens, and batches of them.
+
+An instruction is a text with a place for the speech, `<SpeechHere>`. In the LLM's own chat template it
+becomes the user's turn; what stands before the place and what stands after it are tokenised apart. The same
+tokens are used in training and in inference, and an answer ends with the template's end-of-turn token.
+"""
+
+import functools
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+from transformers import AutoTokenizer
+
+SPEECH = "<SpeechHere>"
+LANGUAGE = "TARGETLANG"
+
+# The instructions that the published weights were trained on.
+TRANSCRIBE = tuple(
+    f"<Speech>{SPEECH}</Speech> {text}"
+    for text in (
+        "Can you transcribe the speech into a written format?",
+        "Listen to the speech and write down its content.",
+        "What is the content of the speech you heard?",
+        "Please write down the transcription of the speech.",
+        "Please transcribe the speech into a written format.",
+        "Write down the content of the speech you heard.",
+        "Can you write down the transcription of the speech?",
+    )
+)
+TRANSLATE = tuple(
+    f"<Speech>{SPEECH}</Speech> {text}"
+    for text in (
+        f"Can you translate the speech into {LANGUAGE}?",
+        f"Please translate the speech you heard into {LANGUAGE}.",
+        f"Listen to the speech and translate it into {LANGUAGE}.",
+        f"Give me the {LANGUAGE} translation of this speech.",
+    )
+)
+
+
+def instruction(template: str, language: str | None = None) -> str:
+    """A template with its language filled in, such as "German".
+
+    Raises ValueError when the template has no place for the speech, or just one of template and caller names
+    a language.
+    """
+    if template.count(SPEECH) != 1:
+        raise ValueError(
+            f"the instruction {template!r} has {template.count(SPEECH)} places for the speech; "
+            f"write {SPEECH} in it, once."
+        )
+    if (LANGUAGE in template) != (language is not None):
+        raise ValueError(
+            f"the instruction {template!r} asks for a language ({LANGUAGE}), but none is given."
+            if language is None
+            else f"the instruction {template!r} has no place ({LANGUAGE}) for the language {language!r}."
+        )
+    return template if language is None else template.replace(LANGUAGE, language)
+
+
+class Prompter:
+    """Turns instructions and answers into tokens of one LLM.
+
+    tokenizer: a transformers tokenizer. vocab_size: of the LLM, which must know all its tokens.
+    system: a system prompt, for chat templates that take one. compat="published" gives the token sequence of
+    the published generation code: BOS twice, its cuts out of Llama 3's template, a newline as the end.
+    """
+
+    def __init__(
+        self,
+        tokenizer: Any,
+        vocab_size: int,
+        *,
+        system: str | None = None,
+        compat: Literal["published"] | None = None,
+    ):
+        largest = max(tokenizer.get_vocab().values())
+        if largest >= vocab_size:
+            raise ValueError(
+                f"the tokenizer has token ids up to {largest} but the LLM's vocabulary has {vocab_size} "
+                "entries: they do not belong together, or tokens were added to the tokenizer alone."
+            )
+        if compat == "published" and not tokenizer.chat_template:
+            raise ValueError("compat='published' needs a tokenizer with a chat template (Llama 3's).")
+        self.tokenizer, self.vocab_size, self.system, self.compat = tokenizer, vocab_size, system, compat
+
+    @classmethod
+    def from_folder(cls, folder: str | Path, vocab_size: int, **kwargs) -> "Prompter":
+        """With the tokenizer of a transformers folder."""
+        return cls(AutoTokenizer.from_pretrained(folder), vocab_size, **kwargs)
+
+    def prompt(self, instruction: str) -> tuple[list[int], list[int]]:
+        """The tokens before and after the speech. Raises ValueError when there is no one place for it."""
+        if instruction.count(SPEECH) != 1:
+            raise ValueError(f"the instruction {instruction!r} must have {SPEECH} in it, once.")
+        if self.compat == "published":
+            return self._published_prompt(instruction)
+        if not self.tokenizer.chat_template:
+            before, after = instruction.split(SPEECH)
+            bos = self.tokenizer.bos_token_id
+            return ([] if bos is None else [bos]) + self._tokens(before), self._tokens(after)
+        turns = [{"role": "user", "content": instruction}]
+        if self.system is not None:
+            turns.insert(0, {"role": "system", "content": self.system})
+        text = self._render(turns, add_generation_prompt=True)
+        if text.count(SPEECH) != 1:
+            raise ValueError(
+                f"the chat template shows the instruction {text.count(SPEECH)} times instead of once: {text!r}"
+            )
+        before, after = text.split(SPEECH)
+        return self._tokens(before), self._tokens(after)
+
+    def answer(self, text: str) -> list[int]:
+        """The tokens of an answer, with the one that ends the turn."""
+        return [*self._tokens(text), self.end_id]
+
+    @functools.cached_property
+    def end_id(self) -> int:
+        """The token with which an answer ends: what the chat template puts there, or else EOS."""
+        if self.compat == "published":
+            return self._tokens("\n")[0]
+        if self.tokenizer.chat_template:
+            content = "answer"
+            turns = [{"role": "user", "content": "question"}, {"role": "assistant", "content": content}]
+            ending = self._render(turns).rpartition(content)[2]
+            special = set(self.tokenizer.all_special_ids) | set(self.tokenizer.added_tokens_decoder)
+            for token in self._tokens(ending):
+                if token in special:
+                    return token
+        if self.tokenizer.eos_token_id is None:
+            raise ValueError("the tokenizer has neither a chat template that ends a turn nor an EOS token.")
+        return self.tokenizer.eos_token_id
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """The text of generated tokens, up to the first that ends the answer."""
+        ids = list(map(int, ids))
+        if self.end_id in ids:
+            ids = ids[: ids.index(self.end_id)]
+        return self.tokenizer.decode(ids, skip_special_tokens=True).strip()
+
+    def _tokens(self, text: str) -> list[int]:
+        return self.tokenizer(text, add_special_tokens=False).input_ids
+
+    def _render(self, turns: list[dict[str, str]], **kwargs) -> str:
+        # Llama 3's templates else write today's date, Qwen 3's let the model think first: a prompt that
+        # changes from day to day, or between training and inference, is not the one trained on.
+        kwargs.update(date_string="26 Jul 2024", enable_thinking=False)
+        return self.tokenizer.apply_chat_template(turns, tokenize=False, **kwargs)
+
+    def _published_prompt(self, instruction: str) -> tuple[list[int], list[int]]:
+        """What generation.py of the reference builds: around an empty turn of the template, cut by position."""
+        turns = [{"role": "user", "content": None}]
+        if self.system is not None:
+            turns.insert(0, {"role": "system", "content": self.system})
+        template = self.tokenizer.apply_chat_template(
+            turns, add_generation_prompt=True, tokenize=True, return_dict=False
+        )
+        head, tail = template[:-6], template[-5:]  # drops one token, that of "None"
+        before, after = instruction.split(SPEECH)
+        return [self.tokenizer.bos_token_id, *head, *self._tokens(before)], [*self._tokens(after), *tail]
+
+
+def collate(
+    prompts: Sequence[tuple[Sequence[int], Sequence[int]]],
+    answers: Sequence[Sequence[int]] | None = None,
+    *,
+    vocab_size: int,
+    before_length: int | None = None,
+    after_length: int | None = None,
+    answer_length: int | None = None,
+) -> dict[str, np.ndarray]:
+    """Token lists to the arrays of a batch: before, after and answer int32 [B, L], each with its mask.
+
+    Prompts are padded on the left, answers on the right, to the lengths given or the longest of each.
+    Raises ValueError, naming the example, for tokens outside the vocabulary and for lists that are too
+    long: nothing is ever cut.
+    """
+    parts = {
+        "before": ([before for before, _ in prompts], before_length),
+        "after": ([after for _, after in prompts], after_length),
+    }
+    if answers is not None:
+        parts["answer"] = (answers, answer_length)
+    batch = {}
+    for name, (rows, length) in parts.items():
+        check_ids(rows, vocab_size, name)
+        longest = max(map(len, rows))
+        length = longest if length is None else length
+        if longest > length:
+            i = max(range(len(rows)), key=lambda i: len(rows[i]))
+            raise ValueError(
+                f"example {i} has {longest} tokens {name}{'' if name == 'answer' else ' the speech'}, more "
+                f"than {name}_length={length}: make {name}_length longer, or leave the example out."
+            )
+        ids = np.zeros((len(rows), length), np.int32)
+        mask = np.zeros(ids.shape, bool)
+        for i, row in enumerate(rows):
+            where = slice(0, len(row)) if name == "answer" else slice(length - len(row), length)
+            ids[i, where] = row
+            mask[i, where] = True
+        batch |= {name: ids, f"{name}_mask": mask}
+    return batch
+
+
+def check_ids(rows: Sequence[Sequence[int]], vocab_size: int, name: str) -> None:
+    """Raises ValueError for the first token id that the vocabulary does not have."""
+    for i, row in enumerate(rows):
+        for token in row:
+            if not 0 <= token < vocab_size:
+                raise ValueError(
+                    f"{name} of example {i} has the token id {token}, outside the vocabulary (0 to "
+                    f"{vocab_size - 1}): the tokenizer is not the model's."
+                )

@@ -1,0 +1,79 @@
+"""Tests run on 8 CPU devices, in full float32, with compiled programs kept between runs."""
+
+import json
+import os
+from pathlib import Path
+
+os.environ.setdefault("JAX_PLATFORMS", "cpu")
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+import jax
+import pytest
+from safetensors.numpy import load_file
+
+from sparqle_jax import pretrained
+from sparqle_jax.encoders.hubert import HubertConfig
+from sparqle_jax.llms.decoder import DecoderConfig
+
+jax.config.update("jax_num_cpu_devices", 8)
+jax.config.update("jax_default_matmul_precision", "highest")
+jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.2)
+
+GOLDEN = Path(__file__).parent / "golden" / "sparqle_tiny"
+
+
+def pytest_sessionstart():
+    if jax.device_count("cpu") != 8:
+        raise pytest.UsageError(f"the tests need 8 CPU devices, JAX made {jax.device_count('cpu')}.")
+
+
+class Golden:
+    """A folder of golden numbers: configurations, numbers, and the models loaded from its weights."""
+
+    def __init__(self, folder: Path):
+        self.folder = folder
+        self.config = json.loads((folder / "config.json").read_text())
+        self.numbers = {n: load_file(folder / f"stage{n}_numbers.safetensors") for n in (1, 2)}
+
+    @property
+    def qformer_values(self) -> dict:
+        """What the weights of the Q-Former do not tell."""
+        config = self.config["qformer"]
+        return dict(
+            num_attention_heads=config["num_attention_heads"],
+            cross_attention_freq=config["cross_attention_freq"],
+            bos_token_id=config["bos_token_id"],
+            hidden_dropout_prob=0.0,
+            attention_probs_dropout_prob=0.0,
+        )
+
+    def aligner(self):
+        return pretrained.load_aligner(
+            self.folder / "stage1_state_dict.safetensors",
+            HubertConfig.from_dict(self.config["hubert"]),
+            **self.qformer_values,
+        )
+
+    def sparqle(self, **kwargs):
+        return pretrained.load_sparqle(
+            self.folder / "stage2_state_dict.safetensors",
+            HubertConfig.from_dict(self.config["hubert"]),
+            DecoderConfig.from_dict(self.config["llm"]),
+            **self.qformer_values,
+            **kwargs,
+        )
+
+
+@pytest.fixture(scope="session")
+def tiny() -> Golden:
+    return Golden(GOLDEN)
+
+
+@pytest.fixture(scope="session")
+def aligner(tiny):
+    return tiny.aligner()
+
+
+@pytest.fixture(scope="session")
+def sparqle(tiny):
+    return tiny.sparqle()
