@@ -52,9 +52,10 @@ def draw_negatives(
 
 
 def matching_loss(logits: jax.Array, recording_ids: jax.Array) -> jax.Array:
-    """STM: are the two of one recording? logits [3B, 2]: B pairs, B with a wrong recording, B with a wrong text.
+    """STM: do recording and text belong together?
 
-    Where a batch holds nothing but one recording there is no negative; its two false pairs count for nothing.
+    logits [3B, 2]: of B pairs, of B texts with a wrong recording, of B recordings with a wrong text. Where
+    the batch holds nothing but one recording there is no negative, and the two false pairs don't count.
     """
     batch = len(recording_ids)
     labels = jnp.concatenate([jnp.ones(batch, jnp.int32), jnp.zeros(2 * batch, jnp.int32)])

@@ -75,7 +75,7 @@ class Aligner(nnx.Module):
         negatives: tuple[jax.Array, jax.Array],
         key: jax.Array | None = None,
     ) -> jax.Array:
-        """float32 [3B, 2]: the pairs, then each text with a wrong recording, then each recording with a wrong text.
+        """float32 [3B, 2]: of the pairs, of texts with wrong recordings, of recordings with wrong texts.
 
         negatives: indices int [B] of the wrong recordings and of the wrong texts.
         """

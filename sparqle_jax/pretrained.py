@@ -16,7 +16,7 @@ from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
-import ml_dtypes  # noqa: F401  (teaches NumPy bfloat16, which safetensors needs)
+import ml_dtypes
 import numpy as np
 from flax import nnx
 from jax.sharding import SingleDeviceSharding
@@ -286,7 +286,7 @@ def _open_safetensors(file: Path) -> dict[str, Tensor]:
             return checkpoint.get_slice(name)[index] if index else checkpoint.get_tensor(name)
 
     with safe_open(file, "np") as checkpoint:
-        shapes = {name: tuple(checkpoint.get_slice(name).get_shape()) for name in checkpoint.keys()}
+        shapes = {name: tuple(checkpoint.get_slice(name).get_shape()) for name in checkpoint.keys()}  # noqa: SIM118
     return {name: Tensor(shape, functools.partial(read, name)) for name, shape in shapes.items()}
 
 
@@ -582,7 +582,12 @@ def load_bert(
         if match := re.fullmatch(r"(bert\.encoder\.layer\.\d+\.)(intermediate|output)(\..*)", key):
             tensors[f"{match[1]}{match[2]}_query{match[3]}"] = tensors[key]
     fresh = [r"query_tokens", r"frames_norm\..*", r"layers\.\d+\.cross_attention\..*"]
-    ignored = [r"bert\.pooler\..*", r"cls\.seq_relationship\..*"]
+    # The reference's Q-Former has no segments, so their embeddings go, as do BERT's other heads.
+    ignored = [
+        r"bert\.embeddings\.token_type_embeddings\.weight",
+        r"bert\.pooler\..*",
+        r"cls\.seq_relationship\..*",
+    ]
     if not config.text:
         ignored += [pattern.replace(r"Qformer\.", "") for pattern in STAGE_1_ONLY]
     elif "cls.predictions.bias" not in tensors:

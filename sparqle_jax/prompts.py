@@ -107,7 +107,7 @@ class Prompter:
         text = self._render(turns, add_generation_prompt=True)
         if text.count(SPEECH) != 1:
             raise ValueError(
-                f"the chat template shows the instruction {text.count(SPEECH)} times instead of once: {text!r}"
+                f"the chat template shows the instruction {text.count(SPEECH)} times, not once: {text!r}"
             )
         before, after = text.split(SPEECH)
         return self._tokens(before), self._tokens(after)
@@ -150,8 +150,8 @@ class Prompter:
         return self.tokenizer.apply_chat_template(turns, tokenize=False, **kwargs)
 
     def _published_prompt(self, instruction: str) -> tuple[list[int], list[int]]:
-        """What generation.py of the reference builds: around an empty turn of the template, cut by position."""
-        turns = [{"role": "user", "content": None}]
+        """What the reference's generation.py builds: around a turn in the template, cut by position."""
+        turns = [{"role": "user", "content": "None"}]  # its None, as transformers 4 wrote it out
         if self.system is not None:
             turns.insert(0, {"role": "system", "content": self.system})
         template = self.tokenizer.apply_chat_template(

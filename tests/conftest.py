@@ -2,6 +2,7 @@
 
 import json
 import os
+from functools import partial
 from pathlib import Path
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
@@ -9,6 +10,7 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 import jax
 import pytest
+from flax import nnx
 from safetensors.numpy import load_file
 
 from sparqle_jax import pretrained
@@ -77,3 +79,14 @@ def aligner(tiny):
 @pytest.fixture(scope="session")
 def sparqle(tiny):
     return tiny.sparqle()
+
+
+def call(method, *args, **options):
+    """Calls a module's method under `jax.jit`: faster than operation by operation. Options are static."""
+    graph, state = nnx.split(method.__self__)
+    return _call(graph, method.__name__, tuple(options.items()), state, args)
+
+
+@partial(jax.jit, static_argnums=(0, 1, 2))
+def _call(graph, name, options, state, args):
+    return getattr(nnx.merge(graph, state), name)(*args, **dict(options))

@@ -71,7 +71,7 @@ class DecoderConfig:
 
     @classmethod
     def from_dict(cls, config: dict[str, Any]) -> "DecoderConfig":
-        """Reads the `config.json` of a Llama, Mistral, Qwen2(.5) or Qwen3, as transformers 4 or 5 wrote it."""
+        """Reads the `config.json` of a supported family, as transformers 4 or 5 wrote it."""
         family = config["model_type"]
         # What the families' configurations default to, where they differ from Llama's above.
         defaults = {
@@ -217,7 +217,7 @@ class DecoderLayer(nnx.Module):
     def attend(
         self, x: jax.Array, query: jax.Array, key: jax.Array, value: jax.Array, mask: jax.Array
     ) -> jax.Array:
-        """Attention and feed-forward with their residuals: x [B, L, M], mask bool [B, 1, L, S] -> [B, L, M]."""
+        """Attention and feed-forward with residuals: x [B, L, M], mask bool [B, 1, L, S] -> [B, L, M]."""
         out = layers.attention(query, key, value, mask)
         x = x + self.out(out.reshape(*x.shape[:2], -1))
         normed = self.mlp_norm(x)

@@ -1,0 +1,41 @@
+"""How much host memory loading takes: `python -m tests.memory FOLDER DTYPE` prints it as JSON.
+
+In a process of its own, because a peak is the whole process's.
+"""
+
+import json
+import re
+import sys
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from sparqle_jax import pretrained
+
+
+def status(name: str) -> int:
+    """A figure of /proc/self/status, in bytes."""
+    return 1024 * int(re.search(rf"{name}:\s+(\d+)", Path("/proc/self/status").read_text())[1])
+
+
+def main(folder: str, dtype: str) -> None:
+    jnp.zeros(8).block_until_ready()
+    Path("/proc/self/clear_refs").write_text("5")  # the peak so far is forgotten
+    before = status("VmRSS")
+    model = pretrained.load_decoder(folder, dtype=jnp.dtype(dtype))
+    leaves = jax.block_until_ready(jax.tree.leaves(nnx.state(model)))
+    itemsize = jnp.dtype(dtype).itemsize
+    shapes = [tensor.shape for tensor in pretrained.open_checkpoint(folder).values()]
+    figures = dict(
+        parameters=sum(leaf.nbytes for leaf in leaves),
+        largest_tensor=itemsize * max(jnp.prod(jnp.array(shape)).item() for shape in shapes),
+        peak=status("VmHWM") - before,
+    )
+    figures["bound"] = figures["parameters"] + 2 * figures["largest_tensor"]
+    print(json.dumps(figures))
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])

@@ -1,0 +1,72 @@
+"""PyTorch files: the published checkpoint's wrapper, and what must not run."""
+
+import argparse
+import os
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from sparqle_jax import pretrained
+from sparqle_jax.encoders.hubert import HubertConfig
+from sparqle_jax.llms.decoder import DecoderConfig
+from tests.test_pretrained import assert_same_parameters
+
+
+@pytest.fixture
+def state(tiny):
+    return load_file(tiny.folder / "stage2_state_dict.safetensors")
+
+
+def test_fairseqs_wrapper_with_towers(tmp_path, tiny, state, sparqle):
+    """A dictionary with `model` and a command line beside it, names from DataParallel, llm_ for llama_."""
+    names = {name: "module." + name.replace("llama_", "llm_") for name in state}
+    checkpoint = dict(
+        args=None,
+        cfg={"model": argparse.Namespace(num_query_token=6)},
+        model={names[name]: tensor for name, tensor in state.items()},
+        optimizer_history=[{"num_updates": 3}],
+    )
+    torch.save(checkpoint, tmp_path / "SparQLe_best.pt")
+    loaded = pretrained.load_sparqle(
+        tmp_path / "SparQLe_best.pt",
+        HubertConfig.from_dict(tiny.config["hubert"]),
+        DecoderConfig.from_dict(tiny.config["llm"]),
+        **tiny.qformer_values,
+    )
+    assert_same_parameters(loaded, sparqle)
+
+
+def test_bfloat16(tmp_path):
+    torch.save({"x": torch.arange(6.0).reshape(2, 3).bfloat16()}, tmp_path / "x.bin")
+    tensor = pretrained.open_checkpoint(tmp_path / "x.bin")["x"]
+    assert tensor.shape == (2, 3)
+    np.testing.assert_array_equal(tensor.read((slice(1, 2), slice(0, 2))).astype(np.float32), [[3, 4]])
+
+
+def test_saved_for_pytorch(tmp_path, state, sparqle):
+    """What we save loads in PyTorch as the reference does it, tensor for tensor."""
+    pretrained.save_published(sparqle, tmp_path / "adapter.pt")
+    saved = torch.load(tmp_path / "adapter.pt", weights_only=True)["model"]
+    expected = {k: v for k, v in state.items() if not k.startswith(("speech_encoder.", "llama_model."))}
+    assert saved.keys() == expected.keys()
+    for name, tensor in expected.items():
+        assert torch.equal(saved[name], tensor), name
+
+
+def test_code_in_a_checkpoint_is_not_run(tmp_path):
+    class Exploit:
+        def __reduce__(self):
+            return os.mkdir, (str(tmp_path / "ran"),)
+
+    torch.save({"model": {"x": Exploit()}}, tmp_path / "bad.pt")
+    with pytest.raises(ValueError, match="running code from a checkpoint is refused"):
+        pretrained.open_checkpoint(tmp_path / "bad.pt")
+    assert not (tmp_path / "ran").exists()
+
+
+def test_not_a_checkpoint(tmp_path):
+    (tmp_path / "x.pt").write_bytes(b"hello")
+    with pytest.raises(ValueError, match="could not be read as tensors alone"):
+        pretrained.open_checkpoint(tmp_path / "x.pt")

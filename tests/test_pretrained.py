@@ -1,0 +1,344 @@
+import functools
+import json
+import os
+import subprocess
+import sys
+
+import jax
+import jax.numpy as jnp
+import ml_dtypes
+import numpy as np
+import pytest
+from flax import nnx
+from safetensors.numpy import load_file, save_file
+
+from sparqle_jax import pretrained
+from sparqle_jax.adapters.qformer import QFormer
+from sparqle_jax.encoders.hubert import HubertConfig
+from sparqle_jax.llms.decoder import Decoder, DecoderConfig
+from sparqle_jax.sharding import make_mesh, state_sharding
+
+
+def part_of(tensors: dict, prefix: str) -> dict:
+    return {k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)}
+
+
+def write_folder(folder, config: dict, tensors: dict):
+    folder.mkdir(exist_ok=True)
+    (folder / "config.json").write_text(json.dumps(config))
+    save_file(tensors, folder / "model.safetensors")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def stage1(tiny):
+    return load_file(tiny.folder / "stage1_state_dict.safetensors")
+
+
+@pytest.fixture(scope="module")
+def stage2(tiny):
+    return load_file(tiny.folder / "stage2_state_dict.safetensors")
+
+
+@pytest.fixture
+def hubert(tiny, stage2):
+    """(config, tensors) of a HubertModel as transformers saves it."""
+    return {"model_type": "hubert", **tiny.config["hubert"]}, part_of(stage2, "speech_encoder.")
+
+
+@pytest.fixture
+def llama(tiny, stage2):
+    return tiny.config["llm"], part_of(stage2, "llama_model.")
+
+
+def assert_same_parameters(a, b):
+    a, b = (dict(nnx.to_flat_state(nnx.state(module))) for module in (a, b))
+    assert a.keys() == b.keys()
+    for path in a:
+        np.testing.assert_array_equal(a[path].get_value(), b[path].get_value(), str(path))
+
+
+class TestFolders:
+    def test_hubert(self, tmp_path, hubert, sparqle):
+        loaded = pretrained.load_hubert(write_folder(tmp_path / "hubert", *hubert))
+        assert_same_parameters(loaded, sparqle.encoder)
+
+    def test_a_head_around_it_and_the_old_spelling_of_weight_norm(self, tmp_path, hubert, sparqle):
+        config, tensors = hubert
+        conv = "encoder.pos_conv_embed.conv."
+        tensors[conv + "weight_g"] = tensors.pop(conv + "parametrizations.weight.original0")
+        tensors[conv + "weight_v"] = tensors.pop(conv + "parametrizations.weight.original1")
+        tensors = {f"hubert.{name}": tensor for name, tensor in tensors.items()}
+        tensors |= {"lm_head.weight": np.zeros((3, 4)), "hubert.masked_spec_embed": np.zeros(4)}
+        loaded = pretrained.load_hubert(write_folder(tmp_path / "hubert", config, tensors))
+        assert_same_parameters(loaded, sparqle.encoder)
+
+    def test_several_files(self, tmp_path, llama, sparqle):
+        config, tensors = llama
+        folder = write_folder(tmp_path / "llm", config, tensors)
+        (folder / "model.safetensors").unlink()
+        names = sorted(tensors)
+        files = {"a.safetensors": names[::2], "b.safetensors": names[1::2]}
+        for file, part in files.items():
+            save_file({name: tensors[name] for name in part}, folder / file)
+        index = {name: file for file, part in files.items() for name in part}
+        (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": index}))
+        assert_same_parameters(pretrained.load_decoder(folder), sparqle.llm)
+        (folder / "b.safetensors").unlink()
+        with pytest.raises(FileNotFoundError, match=r"names files that are not there: \['b.safetensors'\]"):
+            pretrained.load_decoder(folder)
+
+    def test_tied_embeddings(self, tmp_path, llama):
+        config, tensors = llama
+        config = {**config, "tie_word_embeddings": True}
+        with_copy = pretrained.load_decoder(write_folder(tmp_path / "a", config, tensors))
+        tensors.pop("lm_head.weight")
+        without = pretrained.load_decoder(write_folder(tmp_path / "b", config, tensors))
+        assert_same_parameters(with_copy, without)
+        assert without.lm_head is None
+
+    def test_bfloat16_on_disk_and_in_memory(self, tmp_path, llama):
+        config, tensors = llama
+        rounded = {name: tensor.astype(ml_dtypes.bfloat16) for name, tensor in tensors.items()}
+        folder = write_folder(tmp_path / "llm", config, rounded)
+        wide, narrow = pretrained.load_decoder(folder), pretrained.load_decoder(folder, dtype=jnp.bfloat16)
+        kernel = wide.layers.up.kernel[...]
+        assert kernel.dtype == jnp.float32
+        assert narrow.layers.up.kernel[...].dtype == jnp.bfloat16
+        np.testing.assert_array_equal(kernel, narrow.layers.up.kernel[...].astype(jnp.float32))
+        np.testing.assert_array_equal(kernel[1], rounded["model.layers.1.mlp.up_proj.weight"].T)
+
+    def test_back_under_transformers_names(self, hubert, llama, sparqle):
+        for module, table, tensors in (
+            (sparqle.encoder, pretrained.HUBERT, hubert[1]),
+            (sparqle.llm, pretrained.DECODER, llama[1]),
+        ):
+            saved = pretrained.export(nnx.state(module), table)
+            assert saved.keys() == tensors.keys()
+            for name, tensor in tensors.items():
+                np.testing.assert_array_equal(saved[name], tensor, name)
+
+
+class TestSharded:
+    def test_placed_where_the_rules_say(self, tmp_path, llama, sparqle):
+        config, tensors = llama
+        folder = write_folder(tmp_path / "llm", config, tensors)
+        mesh = make_mesh((2, 4, 1))
+        loaded = pretrained.load_decoder(folder, sharding=functools.partial(state_sharding, mesh=mesh))
+        assert_same_parameters(loaded, sparqle.llm)
+        kernel = loaded.layers.query.kernel[...]
+        assert kernel.sharding.spec == jax.P(None, "fsdp", "model")
+        assert kernel.addressable_shards[0].data.shape == (3, 16, 64)
+
+    def test_a_dimension_that_does_not_divide(self, tmp_path, llama):
+        folder = write_folder(tmp_path / "llm", *llama)
+        mesh = make_mesh((1, 2, 4))
+        with pytest.raises(
+            ValueError, match=r"embeddings.embedding \(97, 64\): 97 is not a multiple of model=4"
+        ):
+            pretrained.load_decoder(folder, sharding=functools.partial(state_sharding, mesh=mesh))
+
+    def test_a_mesh_of_other_devices(self):
+        with pytest.raises(ValueError, match="data=2, fsdp=2, model=3 needs 12 devices, but there are 8"):
+            make_mesh((2, 2, 3))
+
+
+class TestProblems:
+    def test_no_config(self, tmp_path):
+        with pytest.raises(FileNotFoundError, match=r"has no config.json.*'hubert'"):
+            pretrained.load_hubert(tmp_path)
+
+    def test_model_type(self, tmp_path, hubert):
+        folder = write_folder(tmp_path / "hubert", *hubert)
+        with pytest.raises(
+            ValueError, match=r"'hubert'; supported here: \['llama', 'mistral', 'qwen2', 'qwen3'\]"
+        ):
+            pretrained.load_decoder(folder)
+
+    def test_no_weights(self, tmp_path, llama):
+        folder = write_folder(tmp_path / "llm", *llama)
+        (folder / "model.safetensors").unlink()
+        with pytest.raises(FileNotFoundError, match="holds no weights: looked for model"):
+            pretrained.load_decoder(folder)
+        with pytest.raises(FileNotFoundError, match="does not exist"):
+            pretrained.open_checkpoint(tmp_path / "absent.safetensors")
+
+    def test_all_that_does_not_fit_is_listed(self, tmp_path, llama):
+        config, tensors = llama
+        del tensors["model.layers.1.mlp.up_proj.weight"], tensors["model.norm.weight"]
+        tensors["model.layers.0.self_attn.q_proj.weight"] = np.zeros((63, 64), np.float32)
+        tensors["model.layers.0.self_attn.q_proj.bias"] = np.zeros(64, np.float32)
+        folder = write_folder(tmp_path / "llm", config, tensors)
+        with pytest.raises(ValueError, match="does not fit the model") as error:
+            pretrained.load_decoder(folder)
+        assert "(4 problems)" in str(error.value)
+        for line in (
+            "model.layers.1.mlp.up_proj.weight is missing (for layers.up.kernel)",
+            "model.norm.weight is missing (for norm.scale)",
+            "model.layers.0.self_attn.q_proj.weight has shape (63, 64), needed is (64, 64)",
+            "model.layers.0.self_attn.q_proj.bias is unexpected",
+        ):
+            assert line in str(error.value)
+
+    def test_other_sizes(self, tmp_path, hubert):
+        config, tensors = hubert
+        config = {**config, "hidden_size": 32, "num_hidden_layers": 2}
+        folder = write_folder(tmp_path / "hubert", config, tensors)
+        with pytest.raises(ValueError, match=r"same sizes and family") as error:
+            pretrained.load_hubert(folder)
+        assert "encoder.layers.2.attention.q_proj.weight is unexpected" in str(error.value)
+        assert "has shape (48, 48), needed is (32, 32)" in str(error.value)
+
+    def test_a_parameter_that_no_rule_sets(self, llama):
+        config, tensors = llama
+        table = pretrained.Table(pretrained.DECODER.rules[1:])
+        tensors = {name: pretrained.Tensor(array.shape, array.__getitem__) for name, array in tensors.items()}
+        with pytest.raises(ValueError, match=r"no tensor sets embeddings.embedding"):
+            pretrained.load(
+                lambda rngs: Decoder(DecoderConfig.from_dict(config), rngs=rngs), table, tensors, name="x"
+            )
+
+
+class TestPublished:
+    def test_towers_given_apart(self, tmp_path, tiny, stage2, sparqle):
+        """As for the published weights: the file has the adapter alone, under fairseq's and an older name."""
+        tensors = {k: v for k, v in stage2.items() if not k.startswith(("speech_encoder.", "llama_model."))}
+        tensors["llm_proj.weight"], tensors["llm_proj.bias"] = (
+            tensors.pop(f"llama_proj.{name}") for name in ("weight", "bias")
+        )
+        save_file({f"module.{k}": v for k, v in tensors.items()}, tmp_path / "adapter.safetensors")
+        loaded = pretrained.load_sparqle(
+            tmp_path / "adapter.safetensors", sparqle.encoder, sparqle.llm, **tiny.qformer_values
+        )
+        assert_same_parameters(loaded, sparqle)
+
+    def test_sizes_are_read_from_the_tensors(self, tiny, stage1):
+        tensors = {k: pretrained.Tensor(v.shape, None) for k, v in stage1.items()}
+        config = pretrained.published_config(tensors, head_size=8)
+        sizes = tiny.config["qformer"]
+        assert config.num_queries == sizes["num_query_tokens"]
+        assert config.text
+        for name in (
+            "encoder_width",
+            "cross_attention_freq",
+            "hidden_size",
+            "num_hidden_layers",
+            "num_attention_heads",
+            "intermediate_size",
+            "vocab_size",
+            "max_position_embeddings",
+            "bos_token_id",
+        ):
+            assert getattr(config, name) == sizes[name], name
+
+    def test_other_files(self, tmp_path, tiny, stage1, sparqle):
+        save_file({"x": np.zeros(1)}, tmp_path / "other.safetensors")
+        with pytest.raises(ValueError, match="no SparQLe checkpoint: it has no query_tokens"):
+            pretrained.load_sparqle(tmp_path / "other.safetensors", sparqle.encoder, sparqle.llm)
+        with pytest.raises(ValueError, match=r"\(2 problems\)(.|\n)*llama_proj.weight is missing"):
+            pretrained.load_sparqle(
+                tiny.folder / "stage1_state_dict.safetensors",
+                sparqle.encoder,
+                sparqle.llm,
+                **tiny.qformer_values,
+            )
+
+    def test_encoder_of_another_width(self, tiny, stage2):
+        config = HubertConfig.from_dict({**tiny.config["hubert"], "hidden_size": 32})
+        encoder = pretrained.Hubert(config, rngs=nnx.Rngs(0))
+        with pytest.raises(ValueError, match="frames are 32 wide but the adapter reads 48"):
+            pretrained.load_sparqle(
+                tiny.folder / "stage2_state_dict.safetensors",
+                encoder,
+                DecoderConfig.from_dict(tiny.config["llm"]),
+                **tiny.qformer_values,
+            )
+
+    def test_ending_of_a_saved_file(self, tmp_path, sparqle):
+        with pytest.raises(ValueError, match=r"ends in .safetensors or .pt"):
+            pretrained.save_published(sparqle, tmp_path / "adapter.ckpt")
+
+
+class TestBert:
+    @pytest.fixture
+    def bert(self, tiny, stage1):
+        """A BertForMaskedLM made of the golden Q-Former's text half, without [DEC], in TensorFlow's names."""
+        size = tiny.config["qformer"]
+        tensors = part_of(stage1, "Qformer.")
+        tensors = {k: v for k, v in tensors.items() if "_query" not in k and "crossattention" not in k}
+        for name in [k for k in tensors if k.startswith("cls.predictions.decoder") or "word_emb" in k]:
+            tensors[name] = tensors[name][:-1].copy()
+        tensors["cls.predictions.bias"] = tensors["cls.predictions.bias"][:-1].copy()
+        tensors = {
+            k.replace("LayerNorm.weight", "LayerNorm.gamma").replace("LayerNorm.bias", "LayerNorm.beta"): v
+            for k, v in tensors.items()
+        }
+        tensors["bert.pooler.dense.weight"] = np.zeros((2, 2), np.float32)
+        names = ("hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size")
+        config = {"model_type": "bert", "vocab_size": size["vocab_size"] - 1, "max_position_embeddings": 40}
+        return {**config, **{name: size[name] for name in names}}, tensors
+
+    def load(self, folder, seed=0, **sizes) -> QFormer:
+        return pretrained.load_bert(folder, rngs=nnx.Rngs(seed), encoder_width=48, num_queries=6, **sizes)
+
+    def test_text_half_copied_query_half_started(self, tmp_path, bert, aligner):
+        qformer = self.load(write_folder(tmp_path / "bert", *bert))
+        ours, golden = qformer.layers[1], aligner.adapter.layers[1]
+        assert_same_parameters(ours.self_attention, golden.self_attention)
+        assert_same_parameters(ours.text_mlp, golden.text_mlp)
+        assert_same_parameters(ours.query_mlp, golden.text_mlp)  # a copy of the text one
+        words, golden_words = (q.word_embeddings.embedding[...] for q in (qformer, aligner.adapter))
+        assert words.shape == golden_words.shape
+        np.testing.assert_array_equal(words[:-1], golden_words[:-1])
+        assert 0.005 < np.std(words[-1]) < 0.05  # [DEC]
+        np.testing.assert_array_equal(qformer.lm_bias[...][:-1], aligner.adapter.lm_bias[...][:-1])
+        assert 0.015 < np.std(qformer.query_tokens[...]) < 0.025
+
+    def test_random_parts_depend_on_the_seed_alone(self, tmp_path, bert):
+        folder = write_folder(tmp_path / "bert", *bert)
+        first, again, other = self.load(folder), self.load(folder), self.load(folder, seed=1)
+        assert_same_parameters(first, again)
+        kernels = [q.layers[0].cross_attention.attention.key.kernel[...] for q in (first, other)]
+        assert np.abs(kernels[0] - kernels[1]).max() > 1e-3
+
+    def test_without_lm_head_or_without_text(self, tmp_path, bert, aligner):
+        config, tensors = bert
+        tensors = part_of(tensors, "bert.")  # a bare BertModel
+        folder = write_folder(tmp_path / "bert", config, tensors)
+        assert self.load(folder).lm_transform.kernel[...].shape == (32, 32)
+        stage2_only = self.load(folder, text=False)
+        assert_same_parameters(stage2_only.layers[1].query_mlp, aligner.adapter.layers[1].text_mlp)
+        assert stage2_only.layers[1].text_mlp is None
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads the peak of memory from /proc")
+def test_peak_host_memory(tmp_path):
+    """At most what stays, and twice the largest tensor, on a checkpoint of 290 MB whose largest is 66 MB."""
+    size, width, layers = 32_000, 512, 8
+    config = dict(
+        model_type="llama",
+        vocab_size=size,
+        hidden_size=width,
+        intermediate_size=2048,
+        num_hidden_layers=layers,
+        num_attention_heads=8,
+        num_key_value_heads=8,
+    )
+    rng = np.random.default_rng(0)
+    shapes = {"model.embed_tokens.weight": (size, width), "lm_head.weight": (size, width)}
+    shapes["model.norm.weight"] = (width,)
+    for i in range(layers):
+        prefix = f"model.layers.{i}."
+        shapes |= {f"{prefix}self_attn.{n}_proj.weight": (width, width) for n in "qkvo"}
+        shapes |= {f"{prefix}mlp.{n}_proj.weight": (2048, width) for n in ("gate", "up")}
+        shapes[f"{prefix}mlp.down_proj.weight"] = (width, 2048)
+        shapes |= {f"{prefix}{n}_layernorm.weight": (width,) for n in ("input", "post_attention")}
+    tensors = {name: rng.random(shape, np.float32) for name, shape in shapes.items()}
+    folder = write_folder(tmp_path / "llm", config, tensors)
+    environment = os.environ | {"JAX_PLATFORMS": "cpu"}
+    command = [sys.executable, "-m", "tests.memory", str(folder), "float32"]
+    result = subprocess.run(command, capture_output=True, text=True, check=True, env=environment)
+    figures = json.loads(result.stdout)
+    assert figures["largest_tensor"] == 4 * size * width
+    assert figures["peak"] > figures["parameters"]  # the measurement sees the parameters
+    assert figures["peak"] <= figures["bound"], figures

@@ -1,0 +1,158 @@
+import numpy as np
+import pytest
+from tokenizers import Regex, Tokenizer, models, pre_tokenizers
+from transformers import PreTrainedTokenizerFast
+
+from sparqle_jax import prompts
+
+# The structure of the public templates, without their long texts.
+LLAMA3 = (
+    "{{ bos_token }}{% for m in messages %}<|start_header_id|>{{ m['role'] }}<|end_header_id|>\n\n"
+    "{{ m['content'] | trim }}<|eot_id|>{% endfor %}"
+    "{% if add_generation_prompt %}<|start_header_id|>assistant<|end_header_id|>\n\n{% endif %}"
+)
+CHATML = (
+    "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n"
+    "{% if enable_thinking is defined and not enable_thinking %}<think>\n\n</think>\n\n{% endif %}{% endif %}"
+)
+LLAMA2 = (
+    "{% for m in messages %}{% if m['role'] == 'user' %}{{ bos_token }}[INST] {{ m['content'] }} [/INST]"
+    "{% else %} {{ m['content'] }} {{ eos_token }}{% endif %}{% endfor %}"
+)
+SPECIAL = [
+    "<bos>",
+    "<eos>",
+    "<|start_header_id|>",
+    "<|end_header_id|>",
+    "<|eot_id|>",
+    "<|im_start|>",
+    "<|im_end|>",
+]
+ASK = prompts.instruction(prompts.TRANSCRIBE[1])
+
+
+def tokenizer(template: str | None) -> PreTrainedTokenizerFast:
+    """Characters, but for words that Llama 3 has as one token: reversible and easy to read."""
+    words = ["None", "assistant", "\n\n", *map(chr, range(32, 127)), "\n"]
+    vocab = {word: i for i, word in enumerate([*SPECIAL, *words])}
+    backend = Tokenizer(models.WordLevel(vocab, unk_token="~"))
+    backend.pre_tokenizer = pre_tokenizers.Split(
+        pattern=Regex(r"None|assistant|\n\n|[\s\S]"), behavior="isolated"
+    )
+    result = PreTrainedTokenizerFast(
+        tokenizer_object=backend,
+        bos_token="<bos>",
+        eos_token="<eos>",
+        additional_special_tokens=SPECIAL[2:],
+        clean_up_tokenization_spaces=False,
+    )
+    result.chat_template = template
+    return result
+
+
+def prompter(template, **kwargs) -> prompts.Prompter:
+    return prompts.Prompter(tokenizer(template), vocab_size=200, **kwargs)
+
+
+def text_of(ids, p) -> str:
+    return "".join(p.tokenizer.convert_ids_to_tokens(ids))
+
+
+class TestInstruction:
+    def test_language(self):
+        assert prompts.instruction(prompts.TRANSLATE[0], "German") == (
+            "<Speech><SpeechHere></Speech> Can you translate the speech into German?"
+        )
+        with pytest.raises(ValueError, match="asks for a language"):
+            prompts.instruction(prompts.TRANSLATE[0])
+        with pytest.raises(ValueError, match=r"no place .* for the language 'German'"):
+            prompts.instruction(prompts.TRANSCRIBE[0], "German")
+
+    @pytest.mark.parametrize("template", ["Transcribe.", "<SpeechHere> and <SpeechHere>"])
+    def test_a_place_for_the_speech(self, template):
+        with pytest.raises(ValueError, match="places for the speech"):
+            prompts.instruction(template)
+        with pytest.raises(ValueError, match="must have <SpeechHere> in it, once"):
+            prompter(None).prompt(template)
+
+
+class TestPrompt:
+    def test_llama3(self):
+        p = prompter(LLAMA3, system="Be brief.")
+        before, after = p.prompt(ASK)
+        assert text_of(before, p) == (
+            "<bos><|start_header_id|>system<|end_header_id|>\n\nBe brief.<|eot_id|>"
+            "<|start_header_id|>user<|end_header_id|>\n\n<Speech>"
+        )
+        assert text_of(after, p) == (
+            "</Speech> Listen to the speech and write down its content.<|eot_id|>"
+            "<|start_header_id|>assistant<|end_header_id|>\n\n"
+        )
+        assert text_of(p.answer("yes"), p) == "yes<|eot_id|>"
+
+    def test_chatml_without_thinking(self):
+        p = prompter(CHATML)
+        before, after = p.prompt(ASK)
+        assert text_of(before, p) == "<|im_start|>user\n<Speech>"
+        assert text_of(after, p).endswith("<|im_end|>\n<|im_start|>assistant\n<think>\n\n</think>\n\n")
+        assert text_of(p.answer("yes"), p) == "yes<|im_end|>"
+
+    def test_end_of_turn_is_the_first_special_token(self):
+        p = prompter(LLAMA2)
+        assert text_of(p.answer("yes"), p) == "yes<eos>"
+
+    def test_base_model_without_template(self):
+        p = prompter(None)
+        before, after = p.prompt(ASK)
+        assert text_of(before, p) == "<bos><Speech>"
+        assert text_of(after, p) == "</Speech> Listen to the speech and write down its content."
+        assert text_of(p.answer("yes"), p) == "yes<eos>"
+
+    def test_published(self):
+        """BOS twice; the template around a turn of "None", whose token is cut out; a newline as the end."""
+        p = prompter(LLAMA3, system="Be brief.", compat="published")
+        before, after = p.prompt(ASK)
+        assert text_of(before, p) == (
+            "<bos><bos><|start_header_id|>system<|end_header_id|>\n\nBe brief.<|eot_id|>"
+            "<|start_header_id|>user<|end_header_id|>\n\n<Speech>"
+        )
+        assert text_of(after, p) == (
+            "</Speech> Listen to the speech and write down its content.<|eot_id|>"
+            "<|start_header_id|>assistant<|end_header_id|>\n\n"
+        )
+        assert text_of(p.answer("yes"), p) == "yes\n"
+        with pytest.raises(ValueError, match="needs a tokenizer with a chat template"):
+            prompter(None, compat="published")
+
+    def test_decode_stops_at_the_end(self):
+        p = prompter(LLAMA3)
+        ids = [*p.answer("yes"), *p.answer("no")]
+        assert p.decode(ids).replace(" ", "") == "yes"
+
+
+def test_tokenizer_of_another_llm():
+    with pytest.raises(ValueError, match="token ids up to 105 but the LLM's vocabulary has 100"):
+        prompts.Prompter(tokenizer(None), vocab_size=100)
+
+
+class TestCollate:
+    def test_prompts_end_and_answers_begin_in_one_column(self):
+        batch = prompts.collate(
+            [([1, 2], [3]), ([4], [5, 6])], [[7], [8, 9]], vocab_size=10, before_length=3, answer_length=4
+        )
+        assert batch["before"].tolist() == [[0, 1, 2], [0, 0, 4]]
+        assert batch["before_mask"].tolist() == [[False, True, True], [False, False, True]]
+        assert batch["after"].tolist() == [[0, 3], [5, 6]]
+        assert batch["answer"].tolist() == [[7, 0, 0, 0], [8, 9, 0, 0]]
+        assert batch["answer_mask"].sum(1).tolist() == [1, 2]
+        assert batch["answer"].dtype == np.int32
+
+    def test_nothing_is_cut(self):
+        with pytest.raises(ValueError, match="example 1 has 3 tokens answer, more than answer_length=2"):
+            prompts.collate([([], [])] * 2, [[1], [1, 2, 3]], vocab_size=10, answer_length=2)
+
+    @pytest.mark.parametrize("token", [10, -1, 2**40])
+    def test_ids_outside_the_vocabulary(self, token):
+        with pytest.raises(ValueError, match=rf"after of example 0 has the token id {token}, outside"):
+            prompts.collate([([1], [token])], vocab_size=10)

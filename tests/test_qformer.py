@@ -1,0 +1,155 @@
+import dataclasses
+
+import jax
+import numpy as np
+import pytest
+from flax import nnx
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from sparqle_jax.adapters.qformer import QFormer, QFormerConfig
+from tests.conftest import call
+
+CONFIG = QFormerConfig(
+    encoder_width=12,
+    num_queries=4,
+    hidden_size=16,
+    num_hidden_layers=3,
+    num_attention_heads=2,
+    intermediate_size=24,
+    vocab_size=31,
+    max_position_embeddings=20,
+    bos_token_id=30,
+)
+
+
+@pytest.fixture(scope="module")
+def qformer():
+    return QFormer(CONFIG, rngs=nnx.Rngs(0))
+
+
+@pytest.fixture
+def rng():
+    return np.random.default_rng(0)
+
+
+def changed(a, b) -> list[bool]:
+    """Which positions of axis 1 differ."""
+    return (np.abs(np.asarray(a) - np.asarray(b)).max((0, 2)) > 1e-6).tolist()
+
+
+def test_cross_attention_in_every_second_layer(qformer):
+    assert [layer.cross_attention is not None for layer in qformer.layers] == [True, False, True]
+
+
+class TestAttentionPatterns:
+    """Each drawing in the docstrings: change one input, see which outputs move."""
+
+    def test_queries_alone(self, qformer, rng):
+        frames = rng.normal(size=(1, 5, 12)).astype(np.float32)
+        other = frames.copy()
+        other[:, 4] = rng.normal(size=12)
+        queries, cache = call(qformer.encode_queries, frames)
+        assert queries.shape == (1, 4, 16)
+        assert len(cache) == 3
+        assert cache[0][0].shape == (1, 4, 2, 8)
+        assert changed(queries, call(qformer.encode_queries, other)[0]) == [True] * 4
+        unseen = np.array([[True] * 4 + [False]])
+        masked, _ = call(qformer.encode_queries, frames, unseen)
+        assert changed(masked, call(qformer.encode_queries, other, unseen)[0]) == [False] * 4
+
+    def test_text_alone_sees_both_ways(self, qformer):
+        ids, mask = np.array([[1, 2, 3, 4]]), np.ones((1, 4), bool)
+        first = call(qformer.encode_text, ids, mask)
+        assert changed(first, call(qformer.encode_text, np.array([[1, 2, 3, 5]]), mask)) == [True] * 4
+
+    def test_pairs_see_each_other(self, qformer, rng):
+        frames = rng.normal(size=(1, 5, 12)).astype(np.float32)
+        mask = np.array([[True, True, False]])
+        queries = call(qformer.encode_pairs, frames, None, np.array([[1, 2, 3]]), mask)
+        assert queries.shape == (1, 4, 16)
+        other_text = call(qformer.encode_pairs, frames, None, np.array([[1, 5, 3]]), mask)
+        assert changed(queries, other_text) == [True] * 4
+        other_padding = call(qformer.encode_pairs, frames, None, np.array([[1, 2, 9]]), mask)
+        assert changed(queries, other_padding) == [False] * 4
+        other_frames = rng.normal(size=(1, 5, 12)).astype(np.float32)
+        other = call(qformer.encode_pairs, other_frames, None, np.array([[1, 2, 3]]), mask)
+        assert changed(queries, other) == [True] * 4
+
+    def test_causal_text_sees_queries_and_the_past(self, qformer, rng):
+        frames = rng.normal(size=(1, 5, 12)).astype(np.float32)
+        _, cache = call(qformer.encode_queries, frames)
+        _, other_cache = call(qformer.encode_queries, rng.normal(size=(1, 5, 12)).astype(np.float32))
+        mask = np.ones((1, 4), bool)
+        text = call(qformer.encode_text_causally, np.array([[30, 2, 3, 4]]), mask, cache)
+        other = call(qformer.encode_text_causally, np.array([[30, 2, 9, 4]]), mask, cache)
+        assert changed(text, other) == [False, False, True, True]
+        other = call(qformer.encode_text_causally, np.array([[30, 2, 3, 4]]), mask, other_cache)
+        assert changed(text, other) == [True] * 4
+        assert call(qformer.lm_logits, text).shape == (1, 4, 31)
+
+
+@settings(max_examples=15, deadline=None)
+@given(num_frames=st.integers(1, 9), length=st.integers(1, 7), seed=st.integers(0, 2**16))
+def test_padding_changes_nothing(qformer, num_frames, length, seed):
+    rng = np.random.default_rng(seed)
+    frames = rng.normal(size=(2, 12, 12)).astype(np.float32)
+    ids = rng.integers(0, 31, (2, 10))
+    frames_mask = np.broadcast_to(np.arange(12) < num_frames, (2, 12))
+    mask = np.broadcast_to(np.arange(10) < length, (2, 10))
+    other_frames = np.where(frames_mask[..., None], frames, 7.0)[:, :10].astype(np.float32)
+    other_ids = np.where(mask, ids, 5)[:, :8]
+
+    queries, cache = call(qformer.encode_queries, frames, frames_mask)
+    other_queries, other_cache = call(qformer.encode_queries, other_frames, frames_mask[:, :10])
+    np.testing.assert_allclose(queries, other_queries, atol=1e-5)
+    pairs = call(qformer.encode_pairs, frames, frames_mask, ids, mask)
+    other = call(qformer.encode_pairs, other_frames, frames_mask[:, :10], other_ids, mask[:, :8])
+    np.testing.assert_allclose(pairs, other, atol=1e-5)
+    text = call(qformer.encode_text, ids, mask)
+    other = call(qformer.encode_text, other_ids, mask[:, :8])
+    np.testing.assert_allclose(text[:, :length], other[:, :length], atol=1e-5)
+    text = call(qformer.encode_text_causally, ids, mask, cache)
+    other = call(qformer.encode_text_causally, other_ids, mask[:, :8], other_cache)
+    np.testing.assert_allclose(text[:, :length], other[:, :length], atol=1e-5)
+
+
+def test_without_the_text_half(rng):
+    qformer = QFormer(dataclasses.replace(CONFIG, text=False), rngs=nnx.Rngs(0))
+    names = {".".join(map(str, path)) for path, _ in nnx.to_flat_state(nnx.state(qformer))}
+    assert not any("text" in name or "word" in name or "lm_" in name for name in names)
+    assert qformer(rng.normal(size=(2, 5, 12)).astype(np.float32)).shape == (2, 4, 16)
+    with pytest.raises(ValueError, match="no text half"):
+        qformer.encode_text(np.zeros((1, 2), int), np.ones((1, 2), bool))
+
+
+def test_dropout_is_on_with_a_key_alone(qformer, rng):
+    frames = rng.normal(size=(1, 5, 12)).astype(np.float32)
+    first, second = (call(qformer.__call__, frames, None, jax.random.key(seed)) for seed in (0, 1))
+    again = call(qformer.__call__, frames, None, jax.random.key(0))
+    np.testing.assert_array_equal(first, again)
+    assert np.abs(first - second).max() > 1e-3
+    samples = [call(qformer.__call__, frames, None, jax.random.key(seed)) for seed in range(100)]
+    without = call(qformer.__call__, frames)
+    assert np.abs(np.mean(samples, 0) - without).mean() < np.abs(samples[0] - without).mean() / 2
+
+
+def test_too_long_a_text(qformer):
+    with pytest.raises(ValueError, match="padded to 21 tokens but the Q-Former has 20 position"):
+        qformer.encode_text(np.zeros((1, 21), int), np.ones((1, 21), bool))
+
+
+def test_config_of_bert():
+    config = QFormerConfig.from_bert(
+        {"vocab_size": 100, "hidden_size": 32, "model_type": "bert"}, num_queries=7
+    )
+    assert (config.vocab_size, config.bos_token_id, config.hidden_size, config.num_queries) == (
+        101,
+        100,
+        32,
+        7,
+    )
+    with pytest.raises(ValueError, match="relative_key"):
+        QFormerConfig.from_bert({"position_embedding_type": "relative_key"})
+    with pytest.raises(ValueError, match="width 10 is not a multiple of the number of attention heads 4"):
+        QFormer(QFormerConfig(hidden_size=10, num_attention_heads=4), rngs=nnx.Rngs(0))
