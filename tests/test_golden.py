@@ -14,6 +14,7 @@ from flax import nnx
 from safetensors.numpy import load_file
 
 from sparqle_jax import losses, pretrained
+from sparqle_jax.generate import Decoding, generate
 from sparqle_jax.model import partition
 from tests.conftest import GOLDEN, Golden, call
 
@@ -184,6 +185,27 @@ class TestStage2:
         value, gradients = jax.value_and_grad(loss)(trained, frozen)
         assert_close(value, numbers["loss"])
         assert_gradients_close(pretrained.export(gradients, pretrained.SPARQLE), numbers)
+
+
+# What transformers' `generate` was asked for: the names say the rest.
+DECODINGS = {
+    "greedy": dict(),
+    "beam5": dict(num_beams=5, early_stopping=True),
+    "beam5_ngram2": dict(num_beams=5, early_stopping=True, no_repeat_ngram_size=2),
+    "beam5_rep1.3_len0.6": dict(num_beams=5, early_stopping=True, repetition_penalty=1.3, length_penalty=0.6),
+}
+
+
+@pytest.mark.parametrize("name", DECODINGS)
+def test_generated_tokens(golden, sparqle, name):
+    config, batch = golden.config["stage2"], stage2_batch(golden)
+    end = config["eos_token_id"]
+    decoding = Decoding(config["max_new_tokens"], end_ids=(end,), pad_id=end, **DECODINGS[name])
+    graph, state = nnx.split(sparqle)
+    tokens = jax.jit(lambda state, batch: generate(nnx.merge(graph, state), batch, decoding))(state, batch)
+    expected = golden.numbers[2][name]
+    np.testing.assert_array_equal(tokens[:, : expected.shape[1]], expected)
+    assert (tokens[:, expected.shape[1] :] == end).all()  # transformers cuts off what all have as padding
 
 
 @pytest.mark.parametrize("stage", [1, 2])
