@@ -313,8 +313,8 @@ class TestBert:
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads the peak of memory from /proc")
 def test_peak_host_memory(tmp_path):
-    """At most what stays, and twice the largest tensor, on a checkpoint of 290 MB whose largest is 66 MB."""
-    size, width, layers = 32_000, 512, 8
+    """At most what stays and twice the largest tensor, which is large beside the 40 MB of a compiler."""
+    size, width, layers = 80_000, 512, 6
     config = dict(
         model_type="llama",
         vocab_size=size,
