@@ -7,6 +7,8 @@ from pathlib import Path
 
 import numpy as np
 
+from sparqle_jax.compat import Compat, check_compat
+
 SAMPLE_RATE = 16_000
 
 
@@ -19,26 +21,47 @@ class FeatureExtractor:
     """
 
     do_normalize: bool = True
-    compat: str | None = None
+    compat: Compat = None
+
+    def __post_init__(self):
+        check_compat(self.compat)
 
     @classmethod
-    def from_folder(cls, folder: str | Path, compat: str | None = None) -> "FeatureExtractor":
+    def from_folder(cls, folder: str | Path, compat: Compat = None) -> "FeatureExtractor":
         """Reads a transformers folder. Without the file, transformers' default: normalise.
 
-        Raises ValueError for an encoder of another sample rate.
+        Raises FileNotFoundError for no folder, ValueError for an encoder of another sample rate.
         """
-        file = Path(folder) / "preprocessor_config.json"
-        config = json.loads(file.read_text()) if file.exists() else {}
+        folder = Path(folder)
+        if not folder.is_dir():
+            raise FileNotFoundError(f"{folder} is no folder: give that of the encoder.")
+        config, file = {}, folder / "preprocessor_config.json"
+        if file.exists():
+            config = json.loads(file.read_text())
+        elif (
+            file := folder / "processor_config.json"
+        ).exists():  # what transformers 5 writes for a processor
+            config = json.loads(file.read_text()).get("feature_extractor", {})
         rate = config.get("sampling_rate", SAMPLE_RATE)
         if rate != SAMPLE_RATE:
             raise ValueError(f"{file} asks for {rate} Hz; this project works at {SAMPLE_RATE} Hz.")
         return cls(config.get("do_normalize", True), compat)
 
     def __call__(self, waveform: np.ndarray) -> np.ndarray:
-        """One waveform [S] at 16 kHz -> float32 [S]. Silence stays silence."""
-        waveform = np.asarray(waveform, np.float32)
+        """One waveform float [S] at 16 kHz, samples from -1 to 1 -> float32 [S]. Silence stays silence.
+
+        Raises ValueError for integers: their scale is not told by their type alone.
+        """
+        if not np.issubdtype(waveform.dtype, np.floating):
+            raise ValueError(
+                f"the waveform is of {waveform.dtype}; samples from -1 to 1 are needed: "
+                "divide it by 32768 if it is 16-bit audio."
+            )
+        waveform = waveform.astype(np.float32)
+        if not waveform.size:
+            return waveform
         if self.compat == "published":
-            peak = np.abs(waveform).max(initial=0.0)
+            peak = np.abs(waveform).max()
             return waveform / peak if peak > 0 else waveform
         if not self.do_normalize:
             return waveform
@@ -54,6 +77,9 @@ def pad(
     one-dimensional, holds a sample that is not finite, is shorter than `min_samples` (one frame: see
     `HubertConfig.min_samples`), or longer than `length`: nothing is ever cut.
     """
+    if not len(waveforms):
+        raise ValueError("there are no waveforms to make a batch of.")
+    waveforms = [np.asarray(waveform) for waveform in waveforms]
     for i, waveform in enumerate(waveforms):
         if waveform.ndim != 1:
             raise ValueError(f"waveform {i} has shape {waveform.shape}; one channel, [S], is needed.")

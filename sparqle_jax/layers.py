@@ -65,19 +65,33 @@ def linear(
     )
 
 
-def embedding(
-    num: int, features: int, *, dtype: DTypeLike, param_dtype: DTypeLike, rngs: nnx.Rngs
-) -> nnx.Embed:
+class Embedding(nnx.Embed):
     """A table [num, features], initialised normal(0, 0.02)."""
-    return nnx.Embed(
-        num,
-        features,
-        dtype=dtype,
-        param_dtype=param_dtype,
-        embedding_init=nnx.initializers.normal(0.02),
-        embedding_metadata={"axes": ("vocab", "embed")},
-        rngs=rngs,
-    )
+
+    def __init__(
+        self,
+        num: int,
+        features: int,
+        axes: tuple[str | None, str | None],
+        *,
+        dtype: DTypeLike,
+        param_dtype: DTypeLike,
+        rngs: nnx.Rngs,
+    ):
+        super().__init__(
+            num,
+            features,
+            dtype=dtype,
+            param_dtype=param_dtype,
+            embedding_init=nnx.initializers.normal(0.02),
+            embedding_metadata={"axes": axes},
+            rngs=rngs,
+        )
+
+    def __call__(self, ids: jax.Array) -> jax.Array:
+        """ids int [...] -> [..., features]. An id outside the table gives NaN, never another's row."""
+        valid = (ids >= 0) & (ids < self.num_embeddings)
+        return jnp.where(valid[..., None], super().__call__(jnp.where(valid, ids, 0)), jnp.nan)
 
 
 class LayerNorm(nnx.LayerNorm):
@@ -135,24 +149,24 @@ def attention(
 ) -> jax.Array:
     """Scaled dot-product attention with the softmax in float32.
 
-    query [B, T, N, H]; key and value [B, S, K, H], K dividing N; mask bool, broadcastable to
-    [B, N, T, S], True where a query may look. Returns [B, T, N, H]. A query that may look nowhere
+    query [B, T, N, H]; key and value [B, C, K, H], K dividing N; mask bool, broadcastable to
+    [B, N, T, C], True where a query may look. Returns [B, T, N, H]. A query that may look nowhere
     gets the mean of the values: finite, and never used.
     """
     if dropout_key is None or dropout_rate == 0.0:
         return jax.nn.dot_product_attention(query, key, value, mask=mask)
-    scores = jnp.einsum("BTNH,BSNH->BNTS", query, key, preferred_element_type=jnp.float32)
+    scores = jnp.einsum("BTNH,BCNH->BNTC", query, key, preferred_element_type=jnp.float32)
     scores *= query.shape[-1] ** -0.5
     if mask is not None:
         scores = jnp.where(mask, scores, jnp.finfo(jnp.float32).min)
     weights = dropout(jax.nn.softmax(scores), dropout_rate, dropout_key)
-    return jnp.einsum("BNTS,BSNH->BTNH", weights.astype(value.dtype), value)
+    return jnp.einsum("BNTC,BCNH->BTNH", weights.astype(value.dtype), value)
 
 
 class Attention(nnx.Module):
     """Multi-head attention with biases, as in HuBERT and BERT.
 
-    Queries come from x [B, T, width], keys and values from `source` [B, S, source_width].
+    Queries come from x [B, T, width], keys and values from `source` [B, C, source_width].
     """
 
     def __init__(
@@ -183,7 +197,7 @@ class Attention(nnx.Module):
         return x.reshape(*x.shape[:-1], self.num_heads, -1)  # [B, T, N, H]
 
     def keys_values(self, source: jax.Array) -> tuple[jax.Array, jax.Array]:
-        """source [B, S, source_width] -> keys and values, each [B, S, N, H]."""
+        """source [B, C, source_width] -> keys and values, each [B, C, N, H]."""
         return self._split_heads(self.key(source)), self._split_heads(self.value(source))
 
     def __call__(
@@ -193,7 +207,7 @@ class Attention(nnx.Module):
         mask: jax.Array | None,
         dropout_key: jax.Array | None = None,
     ) -> jax.Array:
-        """x [B, T, width], keys and values [B, S, N, H], mask bool [B|1, 1, T|1, S] -> [B, T, width]."""
+        """x [B, T, width], keys and values [B, C, N, H], mask bool [B|1, 1, T|1, C] -> [B, T, width]."""
         out = attention(
             self._split_heads(self.query(x)),
             *keys_values,

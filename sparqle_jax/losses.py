@@ -14,9 +14,10 @@ import optax
 def similarity(speech_features: jax.Array, text_features: jax.Array, temperature: jax.Array) -> jax.Array:
     """Of every recording with every text: the best of its queries, divided by the temperature.
 
-    speech_features [B, Q, P], text_features [B, P], both of length 1 -> float32 [B, B], speech by text.
+    speech_features [B, Q, E], text_features [B, E], both of length 1 -> float32 [B, B], speech by text.
     """
-    products = jnp.einsum("SQP,TP->STQ", speech_features, text_features, preferred_element_type=jnp.float32)
+    # Differences between similarities are small, and the temperature makes them 14 times as large.
+    products = jnp.einsum("bQE,tE->btQ", speech_features, text_features, precision="highest")
     return products.max(-1) / temperature
 
 
@@ -69,7 +70,7 @@ def token_loss(
     hidden: jax.Array,
     targets: jax.Array,
     mask: jax.Array,
-    logits: Callable[[jax.Array], jax.Array],
+    to_logits: Callable[[jax.Array], jax.Array],
     *,
     label_smoothing: float = 0.0,
     block: int = 32,
@@ -77,11 +78,12 @@ def token_loss(
     """Mean cross-entropy of the real target tokens over the (global) batch.
 
     hidden [B, L, M]: the states that predict targets int [B, L] where mask bool [B, L] is 1;
-    logits: [..., M] -> [..., V]. Logits exist for `block` positions of each example at a time, in the
+    to_logits: [..., M] -> [..., V]. Logits exist for `block` positions of each example at a time, in the
     backward pass too, which computes them again: V is 128,256 for Llama 3, and B x L x V would not fit.
+    Blocks in which no example has a target are left out.
     """
     length = hidden.shape[1]
-    block = min(block, length)
+    block = max(1, min(block, length))
     padding = -length % block
     hidden = jnp.pad(hidden, ((0, 0), (0, padding), (0, 0)))
     targets, mask = (jnp.pad(x, ((0, 0), (0, padding))) for x in (targets, mask.astype(bool)))
@@ -89,15 +91,17 @@ def token_loss(
     def blocks(x):  # [B, L, ...] -> [L / block, B, block, ...]
         return jnp.moveaxis(x.reshape(x.shape[0], -1, block, *x.shape[2:]), 1, 0)
 
-    @jax.checkpoint
-    def block_loss(total, xs):
-        hidden, targets, mask = xs
-        scores = jax.nn.log_softmax(logits(hidden))
+    def block_loss(hidden, targets, mask):
+        scores = jax.nn.log_softmax(to_logits(hidden))
         likelihood = jnp.take_along_axis(scores, targets[..., None], -1)[..., 0]
         losses = -(1 - label_smoothing) * likelihood
         if label_smoothing:
             losses -= label_smoothing * scores.mean(-1)
-        return total + jnp.where(mask, losses, 0.0).sum(), None
+        return jnp.where(mask, losses, 0.0).sum()
 
-    total, _ = jax.lax.scan(block_loss, jnp.zeros(()), (blocks(hidden), blocks(targets), blocks(mask)))
+    @jax.checkpoint  # around the condition: inside, each block would keep a copy of the LM head
+    def step(total, xs):
+        return total + jax.lax.cond(xs[2].any(), block_loss, lambda *_: jnp.zeros(()), *xs), None
+
+    total, _ = jax.lax.scan(step, jnp.zeros(()), (blocks(hidden), blocks(targets), blocks(mask)))
     return total / jnp.maximum(mask.sum(), 1)

@@ -3,11 +3,16 @@
     Aligner   waveform -> encoder -> Q-Former <-> text             (STC + STM + STG, no LLM)
     SparQLe   waveform -> encoder -> adapter -> projection -> LLM  (loss on the answer)
 
-Shape letters: B batch, S waveform samples, T frames, Q queries, L text tokens, D encoder width,
-A adapter width, M LLM width, P width of the contrastive features, V vocabulary. Masks: 1 is real.
-Batches are dictionaries of arrays; `audio.pad` and `prompts.collate` make their parts.
+Both have `loss(batch, key, *, train) -> (loss, metrics)`: the key draws negatives and, when `train`,
+dropout. Batches are dictionaries of arrays, with parts from `audio.pad`, `prompts.collate_texts` (stage 1)
+and `prompts.collate` (stage 2). Masks: 1 is real.
+
+Shape letters, here and everywhere: B batch, S waveform samples, T frames, Q queries, L text tokens,
+D encoder width, A adapter width, M LLM width, E width of the contrastive features, N heads, K key/value
+heads, H head size, F feed-forward width, C places for keys (of a cache, say), W beams, V vocabulary.
 """
 
+import dataclasses
 import re
 from collections.abc import Mapping, Sequence
 from typing import Literal
@@ -19,13 +24,14 @@ from jax.typing import DTypeLike
 
 from sparqle_jax import layers, losses
 from sparqle_jax.adapters.qformer import QFormer
+from sparqle_jax.compat import Compat, check_compat
 from sparqle_jax.encoders.hubert import Hubert
 from sparqle_jax.llms.decoder import Decoder
 
 Batch = Mapping[str, jax.Array]
 
 # Which parameters train. Every parameter must match exactly one of these.
-RULES: tuple[tuple[str, Literal["trained", "frozen"]], ...] = (
+FREEZING: tuple[tuple[str, Literal["trained", "frozen"]], ...] = (
     (r"encoder\..*", "frozen"),
     (r"llm\..*", "frozen"),
     (r"adapter\..*", "trained"),
@@ -47,11 +53,11 @@ class AlignmentHeads(nnx.Module):
         self.temperature = nnx.Param(jnp.float32(0.07), axes=())
 
     def speech_features(self, queries: jax.Array) -> jax.Array:
-        """queries [B, Q, A] -> float32 [B, Q, P] of length 1."""
+        """queries [B, Q, A] -> float32 [B, Q, E] of length 1."""
         return _normalise(self.speech_projection(queries))
 
     def text_features(self, text: jax.Array) -> jax.Array:
-        """The encoded text [B, L, A] -> float32 [B, P] of length 1, from its first token."""
+        """The encoded text [B, L, A] -> float32 [B, E] of length 1, from its first token."""
         return _normalise(self.text_projection(text[:, 0]))
 
 
@@ -101,7 +107,7 @@ class Aligner(nnx.Module):
     ) -> tuple[jax.Array, dict[str, jax.Array]]:
         """The sum of the three losses, and each by name: stc, stm, stg.
 
-        key: for the hard negatives (unless `negatives` gives them) and, when `train`, for dropout.
+        negatives: the indices of the hard negatives, in place of drawing them (see `matching_logits`).
         """
         frames, frames_mask = self.encoder(batch["waveform"], batch.get("waveform_mask"))
         frames = jax.lax.stop_gradient(frames)
@@ -138,7 +144,8 @@ class SparQLe(nnx.Module):
     the left, and answer int [B, L], padded on the right, each with its `_mask`. So the prompt ends,
     and the answer begins, in the same column for all; what is padded is neither seen nor counted.
 
-    compat="published" runs the encoder and the adapter as the published PyTorch code does, masks and all.
+    compat="published" runs the encoder and the adapter as the published PyTorch code does: with its inverted
+    mask, so give it one recording at a time, without padding, as that code is used.
     """
 
     def __init__(
@@ -148,13 +155,25 @@ class SparQLe(nnx.Module):
         projection: nnx.Linear,
         llm: Decoder,
         *,
-        compat: Literal["published"] | None = None,
+        compat: Compat = None,
     ):
-        if compat not in (None, "published"):
-            raise ValueError(f"compat must be None or 'published', got {compat!r}.")
+        check_compat(compat)
         _check_widths(encoder, adapter)
         self.encoder, self.adapter, self.projection, self.llm = encoder, adapter, projection, llm
         self.compat = compat
+
+    @classmethod
+    def from_aligner(cls, aligner: Aligner, llm: Decoder, *, rngs: nnx.Rngs) -> "SparQLe":
+        """Stage 2 from stage 1: the same encoder and adapter, without its text half; a new projection."""
+        config = dataclasses.replace(aligner.adapter.config, text=False)
+        graph, abstract = nnx.split(
+            nnx.eval_shape(lambda: QFormer(config, dtype=aligner.adapter.dtype, rngs=nnx.Rngs(0)))
+        )
+        trained = dict(nnx.to_flat_state(nnx.state(aligner.adapter)))
+        kept = [(path, trained[path]) for path, _ in nnx.to_flat_state(abstract)]
+        adapter = nnx.merge(graph, nnx.from_flat_state(kept))
+        projection = make_projection(config.hidden_size, llm.config.hidden_size, dtype=llm.dtype, rngs=rngs)
+        return cls(aligner.encoder, adapter, projection, llm)
 
     def embed_speech(
         self, waveform: jax.Array, waveform_mask: jax.Array | None = None, key: jax.Array | None = None
@@ -166,7 +185,7 @@ class SparQLe(nnx.Module):
         return self.projection(self.adapter(jax.lax.stop_gradient(frames), frames_mask, key))
 
     def embed_prompt(self, batch: Batch, key: jax.Array | None = None) -> tuple[jax.Array, jax.Array]:
-        """All that the LLM reads before it answers: embeddings [B, P, M] and their mask bool [B, P]."""
+        """All that the LLM reads before it answers: embeddings [B, L, M] and their mask bool [B, L]."""
         speech = self.embed_speech(batch["waveform"], batch.get("waveform_mask"), key)
         before, after = self.llm.embed(batch["before"]), self.llm.embed(batch["after"])
         embeddings = jnp.concatenate([before, speech, after], 1)
@@ -174,20 +193,25 @@ class SparQLe(nnx.Module):
         mask = jnp.concatenate([batch["before_mask"], speech_mask, batch["after_mask"]], 1)
         return embeddings, mask
 
-    def loss(self, batch: Batch, key: jax.Array | None = None) -> tuple[jax.Array, dict[str, jax.Array]]:
-        """Cross-entropy of the answer, averaged over the answer tokens of the batch. Key: for dropout."""
-        prompt, prompt_mask = self.embed_prompt(batch, key)
+    def loss(
+        self, batch: Batch, key: jax.Array, *, train: bool = True
+    ) -> tuple[jax.Array, dict[str, jax.Array]]:
+        """Cross-entropy of the answer, averaged over the answer tokens of the batch; and their number."""
+        prompt, prompt_mask = self.embed_prompt(batch, key if train else None)
         answer, answer_mask = batch["answer"], batch["answer_mask"]
         # The last token of the answer predicts nothing, so the LLM need not read it.
         embeddings = jnp.concatenate([prompt, self.llm.embed(answer[:, :-1])], 1)
         mask = jnp.concatenate([prompt_mask, answer_mask[:, :-1]], 1)
         hidden, _ = self.llm(embeddings, mask)
-        loss = losses.token_loss(hidden[:, prompt.shape[1] - 1 :], answer, answer_mask, self.llm.logits)
-        return loss, {"loss": loss, "tokens": answer_mask.sum()}
+        length = prompt.shape[1]
+        first = last_real(hidden[:, :length], prompt_mask)  # which predicts the answer's first token
+        hidden = jnp.concatenate([first[:, None], hidden[:, length:]], 1)
+        loss = losses.token_loss(hidden, answer, answer_mask, self.llm.logits)
+        return loss, {"tokens": answer_mask.sum()}
 
 
 def partition(
-    model: nnx.Module, rules: Sequence[tuple[str, str]] = RULES
+    model: nnx.Module, rules: Sequence[tuple[str, str]] = FREEZING
 ) -> tuple[nnx.GraphDef, nnx.State, nnx.State]:
     """(graph, trained parameters, frozen parameters); `nnx.merge` of the three gives the model again.
 
@@ -207,6 +231,12 @@ def partition(
             + "\n".join(problems)
         )
     return nnx.split(model, lambda path, _: kinds[tuple(path)] == "trained", ...)
+
+
+def last_real(hidden: jax.Array, mask: jax.Array) -> jax.Array:
+    """The state of each row's last real position: hidden [B, L, M], mask bool [B, L] -> [B, M]."""
+    last = mask.shape[1] - 1 - jnp.argmax(mask[:, ::-1], 1)
+    return jnp.take_along_axis(hidden, last[:, None, None], 1)[:, 0]
 
 
 def make_projection(

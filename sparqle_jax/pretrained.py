@@ -1,8 +1,8 @@
 """Weights: transformers folders and the published SparQLe checkpoint <-> this project's parameters.
 
 One table per tower says which checkpoint tensor is which parameter; it is read in both directions. Tensors
-are read one at a time, only the part that this host's devices hold, cast, and placed where the sharding
-says: on the host there is never more than one tensor in passing.
+are read one at a time, only the part that this host's devices hold, cast, and placed on the mesh: on the
+host there is never more than one tensor in passing.
 """
 
 import argparse
@@ -10,29 +10,29 @@ import dataclasses
 import functools
 import json
 import re
+import zipfile
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 from flax import nnx
-from jax.sharding import SingleDeviceSharding
+from jax.sharding import Mesh, SingleDeviceSharding
 from jax.typing import DTypeLike
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
 from sparqle_jax.adapters.qformer import QFormer, QFormerConfig
+from sparqle_jax.compat import Compat
 from sparqle_jax.encoders.hubert import Hubert, HubertConfig
-from sparqle_jax.llms.decoder import Decoder, DecoderConfig
+from sparqle_jax.llms.decoder import FAMILIES, Decoder, DecoderConfig
 from sparqle_jax.model import Aligner, AlignmentHeads, SparQLe, make_projection
+from sparqle_jax.sharding import state_sharding
 
-ENCODERS = ("hubert",)
-LLMS = ("llama", "mistral", "qwen2", "qwen3")
-
-Sharding = Callable[[nnx.State], nnx.State]  # such as functools.partial(state_sharding, mesh=mesh)
 MakeModule = Callable[[nnx.Rngs], nnx.Module]
 
 READ_BYTES = 16 << 20  # how much of a tensor is cast at a time
@@ -62,12 +62,13 @@ class Rule:
 
 @dataclasses.dataclass(frozen=True)
 class Table:
-    """All rules of a tower. A checkpoint may put one of `prefixes` before every name; tensors that match a
-    pattern in `ignored` are known and not needed; `copies` are tensors equal to another one, written
-    for the programs that expect them: copy -> original."""
+    """All rules of a tower.
+
+    ignored: patterns of tensors that are known and not needed. copies: tensors that are tied to another
+    one, copy -> original: written for the programs that expect them; read where the original is missing.
+    """
 
     rules: tuple[Rule, ...]
-    prefixes: tuple[str, ...] = ("",)
     ignored: tuple[str, ...] = ()
     copies: Mapping[str, str] = dataclasses.field(default_factory=dict)
 
@@ -79,12 +80,10 @@ class Table:
         )
         ignored = tuple(re.escape(source) + pattern for pattern in self.ignored)
         copies = {source + copy: source + original for copy, original in self.copies.items()}
-        return Table(rules, ("",), ignored, copies)
+        return Table(rules, ignored, copies)
 
     def __add__(self, other: "Table") -> "Table":
-        return Table(
-            self.rules + other.rules, ("",), self.ignored + other.ignored, {**self.copies, **other.copies}
-        )
+        return Table(self.rules + other.rules, self.ignored + other.ignored, {**self.copies, **other.copies})
 
 
 def _linear(target: str, source: str) -> tuple[Rule, Rule]:
@@ -129,7 +128,6 @@ HUBERT = Table(
         *_linear("layers.down", "encoder.layers.{i}.feed_forward.output_dense"),
         *_norm("layers.mlp_norm", "encoder.layers.{i}.final_layer_norm"),
     ),
-    prefixes=("", "hubert."),
     # The mask embedding is for pre-training; heads belong to fine-tuned models.
     ignored=(r"masked_spec_embed", r"lm_head\..*", r"projector\..*", r"classifier\..*", r"layer_weights"),
 )
@@ -153,7 +151,7 @@ DECODER = Table(
     ),
     ignored=(r"model\.layers\.\d+\.self_attn\.rotary_emb\.inv_freq",),
 )
-TIED_HEAD = (r"lm_head\.weight",)  # some checkpoints hold the tied matrix twice
+TIED_DECODER = dataclasses.replace(DECODER, copies={"lm_head.weight": "model.embed_tokens.weight"})
 
 
 def _qformer_table(bert: str) -> Table:
@@ -285,43 +283,78 @@ def _open_safetensors(file: Path) -> dict[str, Tensor]:
         with safe_open(file, "np") as checkpoint:
             return checkpoint.get_slice(name)[index] if index else checkpoint.get_tensor(name)
 
-    with safe_open(file, "np") as checkpoint:
+    try:
+        checkpoint = safe_open(file, "np")
+    except SafetensorError as error:
+        raise ValueError(
+            f"{file} is not a whole safetensors file ({error}): was it cut off, or is it a git-lfs pointer "
+            "(then run `git lfs pull`)?"
+        ) from error
+    with checkpoint:
         shapes = {name: tuple(checkpoint.get_slice(name).get_shape()) for name in checkpoint.keys()}  # noqa: SIM118
     return {name: Tensor(shape, functools.partial(read, name)) for name, shape in shapes.items()}
 
 
 def _open_torch(file: Path) -> dict[str, Tensor]:
+    def state_dict() -> Mapping[str, Any]:
+        checkpoint = _load_torch(file)
+        for key in ("model", "state_dict"):
+            if isinstance(checkpoint.get(key), Mapping):
+                return checkpoint[key]
+        return checkpoint
+
+    def read(name: str, index: tuple[slice, ...]) -> np.ndarray:
+        import torch
+
+        # Opened anew each time, as safetensors files are. torch can't turn bfloat16 into a NumPy array.
+        part = state_dict()[name].detach()[index].contiguous()
+        if part.dtype == torch.bfloat16:
+            return part.view(torch.uint16).numpy().view(ml_dtypes.bfloat16)
+        return part.numpy()
+
+    return {
+        name: Tensor(tuple(tensor.shape), functools.partial(read, name))
+        for name, tensor in state_dict().items()
+        if hasattr(tensor, "shape")
+    }
+
+
+def _load_torch(file: Path) -> Mapping[str, Any]:
+    """A PyTorch file's dictionary, its tensors left on disk until they are read."""
     try:
         import torch
     except ImportError as error:
         raise ValueError(
-            f"{file} is a PyTorch file: install torch to read it (pip install 'sparqle_jax[parity]')."
+            f"{file} is a PyTorch file: install torch to read it (pip install -e '.[parity]')."
         ) from error
+    # What fairseq keeps beside the model: its command line, and numbers of NumPy's.
+    scalar = np._core.multiarray.scalar
+    harmless = [argparse.Namespace, np.dtype, scalar, (scalar, "numpy.core.multiarray.scalar")]
+    harmless += [type(np.dtype(name)) for name in ("float32", "float64", "int32", "int64", "bool")]
     try:
-        # fairseq keeps its command line, a plain Namespace, beside the model.
-        with torch.serialization.safe_globals([argparse.Namespace]):
-            checkpoint = torch.load(file, map_location="cpu", weights_only=True, mmap=True)
+        with torch.serialization.safe_globals(harmless):
+            # Only files of torch 1.6 or later can be mapped.
+            mmap = zipfile.is_zipfile(file)
+            checkpoint = torch.load(file, map_location="cpu", weights_only=True, mmap=mmap)
     except Exception as error:
         raise ValueError(
             f"{file} could not be read as tensors alone, and running code from a checkpoint is refused: "
             f"{error}\nIf you trust where it comes from, load it yourself and save its state dict."
         ) from error
-    for key in ("model", "state_dict"):
-        if isinstance(checkpoint.get(key), Mapping):
-            checkpoint = checkpoint[key]
-            break
+    if not isinstance(checkpoint, Mapping):
+        raise ValueError(f"{file} holds a {type(checkpoint).__name__}, not a dictionary of tensors.")
+    return checkpoint
 
-    def read(tensor, index: tuple[slice, ...]) -> np.ndarray:
-        part = tensor[index] if index else tensor
-        if part.dtype == torch.bfloat16:  # which torch can't turn into a NumPy array
-            return part.contiguous().view(torch.uint16).numpy().view(ml_dtypes.bfloat16)
-        return part.numpy()
 
-    return {
-        name: Tensor(tuple(tensor.shape), functools.partial(read, tensor))
-        for name, tensor in checkpoint.items()
-        if isinstance(tensor, torch.Tensor)
-    }
+def _read_metadata(file: str | Path) -> dict[str, str]:
+    """What `save_published` wrote beside the tensors; nothing in other files."""
+    file = Path(file)
+    if not file.is_file():
+        return {}
+    if file.suffix == ".safetensors":
+        with safe_open(file, "np") as checkpoint:
+            return checkpoint.metadata() or {}
+    return _load_torch(file).get("metadata", {})
 
 
 def read_config(folder: str | Path, supported: tuple[str, ...]) -> dict[str, Any]:
@@ -381,7 +414,7 @@ def load(
     tensors: Mapping[str, Tensor],
     *,
     name: str,
-    sharding: Sharding | None = None,
+    mesh: Mesh | None = None,
     ignored: Iterable[str] = (),
     fresh: Iterable[str] = (),
     rngs: nnx.Rngs | None = None,
@@ -389,9 +422,9 @@ def load(
     """Makes a module and fills it from checkpoint tensors, each cast to its parameter's dtype.
 
     make: builds the module from `rngs`; it is only traced, never run, but for the parameters that match a
-    pattern of `fresh`, which keep their random values. sharding: abstract state -> where each parameter goes
-    (default: the first device). name: what to call the checkpoint in errors. ignored: patterns of tensors
-    that may be there besides the table's.
+    pattern of `fresh`, which keep their random values. mesh: over which the parameters are split, by
+    `sharding.state_sharding`; without one they go to the first device. name: what to call the checkpoint in
+    errors. ignored: patterns of tensors that may be there besides the table's.
 
     Raises ValueError listing every problem at once: tensors that are missing, unexpected or of the wrong
     shape, and parameters that no rule or several rules set.
@@ -402,15 +435,17 @@ def load(
     shapes = {path: variable.get_value().shape for path, variable in variables.items()}
     kept = {path for path in shapes if any(re.fullmatch(p, ".".join(map(str, path))) for p in fresh)}
     entries = [entry for entry in _expand(table, shapes) if entry.path not in kept]
-    prefix = _prefix(table, tensors, entries)
-    tensors = {
-        key.removeprefix(prefix) if key.startswith(prefix) else key: tensor for key, tensor in tensors.items()
-    }
+    tensors = dict(tensors)
+    for copy, original in table.copies.items():
+        if copy in tensors and original not in tensors:
+            tensors[original] = tensors.pop(copy)
     sources = _match(table, tensors, entries, shapes, kept, tuple(ignored), name)
 
-    default = jax.tree.map(lambda _: SingleDeviceSharding(jax.devices()[0]), abstract)
-    placed = sharding(abstract) if sharding else default
-    shardings = {path: variable.get_value() for path, variable in nnx.to_flat_state(placed)}
+    if mesh is None:
+        shardings = dict.fromkeys(shapes, SingleDeviceSharding(jax.local_devices()[0]))
+    else:
+        flat = nnx.to_flat_state(state_sharding(abstract, mesh))
+        shardings = {path: variable.get_value() for path, variable in flat}
     values = _fresh_values(make, rngs, kept, shardings) if kept else {}
     for entry, source in zip(entries, sources, strict=True):
         shape, dtype = shapes[entry.path], variables[entry.path].get_value().dtype
@@ -424,12 +459,6 @@ def load(
         values[entry.path] = _put_layer(values[entry.path], one, entry.layer, where)
     state = nnx.from_flat_state([(path, v.replace(values[path])) for path, v in variables.items()])
     return nnx.merge(graphdef, state)
-
-
-def _prefix(table: Table, tensors: Mapping[str, Tensor], entries: list[Entry]) -> str:
-    """That prefix of the table with which most of its tensors are there."""
-    wanted = {spelling for entry in entries for spelling in entry.spellings}
-    return max(table.prefixes, key=lambda prefix: sum(prefix + name in tensors for name in wanted))
 
 
 def _match(
@@ -456,10 +485,19 @@ def _match(
                 shape = tuple(shape[entry.axes.index(k)] for k in range(len(shape)))
             if shape != tensors[found[0]].shape:
                 problems.append(f"  {found[0]} has shape {tensors[found[0]].shape}, needed is {shape}")
-    times_set: dict[tuple, int] = {path: 0 for path in shapes if path not in kept}
-    for key in {(entry.path, entry.layer) for entry in entries}:
-        times_set[key[0]] += 1
-    problems += [f"  no tensor sets {'.'.join(map(str, p))}" for p, n in times_set.items() if n == 0]
+    times_set = Counter((entry.path, entry.layer) for entry in entries)
+    problems += [
+        f"  {'.'.join(map(str, path))} is set by {count} rules"
+        for (path, _), count in times_set.items()
+        if count > 1
+    ]
+    unset = shapes.keys() - kept - {path for path, _ in times_set}
+    problems += [f"  no tensor sets {'.'.join(map(str, path))}" for path in sorted(unset, key=str)]
+    problems += [
+        f"  {copy} differs from {original}, though the configuration ties them (tie_word_embeddings)"
+        for copy, original in table.copies.items()
+        if copy in tensors and original in sources and not _equal(tensors[copy], tensors[original])
+    ]
     known = (*table.ignored, *map(re.escape, table.copies), *ignored)
     used = set(sources)
     problems += [
@@ -475,14 +513,26 @@ def _match(
     return sources
 
 
+def _equal(a: Tensor, b: Tensor) -> bool:
+    """Whether two tensors hold the same, some rows at a time."""
+    if a.shape != b.shape:
+        return False
+    rows = max(1, READ_BYTES // (4 * int(np.prod(a.shape[1:]))))
+    others = (slice(None),) * (len(a.shape) - 1)
+    count = a.shape[0]
+    parts = (slice(start, min(start + rows, count)) for start in range(0, count, rows))
+    return all(np.array_equal(a.read((part, *others)), b.read((part, *others))) for part in parts)
+
+
 def _read(
     tensor: Tensor, axes: tuple[int, ...] | None, shape: tuple[int, ...], dtype: DTypeLike, where
 ) -> jax.Array:
     """The tensor as an array: each host reads what its devices hold, casting a few MiB at a time."""
     order = tuple(range(len(shape))) if axes is None else axes
 
-    def read(index: tuple[slice, ...]) -> np.ndarray:
-        index = tuple(slice(*s.indices(n)) for s, n in zip(index, shape, strict=True))
+    @functools.cache  # devices that hold the same part ask for it one by one
+    def read_part(bounds: tuple[tuple[int, int], ...]) -> np.ndarray:
+        index = tuple(slice(*b) for b in bounds)
         out = np.empty([s.stop - s.start for s in index], dtype)
         if not out.ndim:
             out[...] = tensor.read(())
@@ -495,6 +545,9 @@ def _read(
             offset = ranges[0].start
             in_file[start:stop] = tensor.read((slice(offset + start, offset + stop), *ranges[1:]))
         return out
+
+    def read(index: tuple[slice, ...]) -> np.ndarray:
+        return read_part(tuple(s.indices(n)[:2] for s, n in zip(index, shape, strict=True)))
 
     return jax.make_array_from_callback(shape, where, read)
 
@@ -528,43 +581,50 @@ def load_hubert(
     folder: str | Path,
     *,
     dtype: DTypeLike = jnp.float32,
-    param_dtype: DTypeLike | None = None,
-    sharding: Sharding | None = None,
+    mesh: Mesh | None = None,
     remat: str | None = None,
 ) -> Hubert:
-    """A HuBERT from a transformers folder. param_dtype: as `dtype`, unless given."""
-    config = HubertConfig.from_dict(read_config(folder, ENCODERS))
+    """A HuBERT from a transformers folder, of any class; parameters in `dtype`.
 
-    def make(rngs: nnx.Rngs) -> Hubert:
-        return Hubert(config, dtype=dtype, param_dtype=param_dtype or dtype, remat=remat, rngs=rngs)
-
-    return load(make, HUBERT, open_checkpoint(folder), name=str(folder), sharding=sharding)
+    Raises FileNotFoundError and ValueError for what is no such folder, as `read_config` and `load` do.
+    """
+    config = HubertConfig.from_dict(read_config(folder, ("hubert",)))
+    tensors = {k.removeprefix("hubert."): tensor for k, tensor in open_checkpoint(folder).items()}
+    return _hubert(config, tensors, str(folder), dtype, mesh, remat)
 
 
 def load_decoder(
     folder: str | Path,
     *,
     dtype: DTypeLike = jnp.float32,
-    param_dtype: DTypeLike | None = None,
-    sharding: Sharding | None = None,
+    mesh: Mesh | None = None,
     remat: str | None = None,
 ) -> Decoder:
-    """A language model from a transformers folder. param_dtype: as `dtype`, unless given."""
-    config = DecoderConfig.from_dict(read_config(folder, LLMS))
+    """A language model from a transformers folder; parameters in `dtype`. Raises as `load_hubert` does."""
+    config = DecoderConfig.from_dict(read_config(folder, tuple(FAMILIES)))
+    return _decoder(config, open_checkpoint(folder), str(folder), dtype, mesh, remat)
 
+
+def _hubert(config: HubertConfig, tensors, name, dtype, mesh, remat=None) -> Hubert:
+    def make(rngs: nnx.Rngs) -> Hubert:
+        return Hubert(config, dtype=dtype, param_dtype=dtype, remat=remat, rngs=rngs)
+
+    return load(make, HUBERT, tensors, name=name, mesh=mesh)
+
+
+def _decoder(config: DecoderConfig, tensors, name, dtype, mesh, remat=None) -> Decoder:
     def make(rngs: nnx.Rngs) -> Decoder:
-        return Decoder(config, dtype=dtype, param_dtype=param_dtype or dtype, remat=remat, rngs=rngs)
+        return Decoder(config, dtype=dtype, param_dtype=dtype, remat=remat, rngs=rngs)
 
-    ignored = TIED_HEAD if config.tie_word_embeddings else ()
-    tensors = open_checkpoint(folder)
-    return load(make, DECODER, tensors, name=str(folder), sharding=sharding, ignored=ignored)
+    table = TIED_DECODER if config.tie_word_embeddings else DECODER
+    return load(make, table, tensors, name=name, mesh=mesh)
 
 
-def load_bert(
+def qformer_from_bert(
     folder: str | Path,
     *,
     dtype: DTypeLike = jnp.float32,
-    sharding: Sharding | None = None,
+    mesh: Mesh | None = None,
     rngs: nnx.Rngs,
     **sizes,
 ) -> QFormer:
@@ -573,6 +633,7 @@ def load_bert(
     The query feed-forward starts as a copy of the text one; queries, cross-attention, the norm of the frames
     and the embedding of [DEC] start at random from `rngs`, and so does the LM head of a BERT without one.
     sizes: fields of QFormerConfig that BERT's configuration does not set (encoder_width, num_queries...).
+    Raises as `load_hubert` does.
     """
     config = QFormerConfig.from_bert(read_config(folder, ("bert",)), **sizes)
     tensors = open_checkpoint(folder)
@@ -595,7 +656,9 @@ def load_bert(
     new_row = 0.02 * np.asarray(jax.random.normal(rngs.params(), (1, config.hidden_size)))
     for name, row in (
         ("bert.embeddings.word_embeddings.weight", new_row),
+        ("cls.predictions.decoder.weight", new_row),
         ("cls.predictions.bias", np.zeros(1, np.float32)),
+        ("cls.predictions.decoder.bias", np.zeros(1, np.float32)),
     ):
         if name in tensors:
             tensors[name] = _with_row(tensors[name], row)
@@ -603,16 +666,8 @@ def load_bert(
     def make(rngs: nnx.Rngs) -> QFormer:
         return QFormer(config, dtype=dtype, rngs=rngs)
 
-    return load(
-        make,
-        _qformer_table(""),
-        tensors,
-        name=str(folder),
-        sharding=sharding,
-        ignored=ignored,
-        fresh=fresh,
-        rngs=rngs,
-    )
+    table = _qformer_table("")
+    return load(make, table, tensors, name=str(folder), mesh=mesh, ignored=ignored, fresh=fresh, rngs=rngs)
 
 
 def _with_row(tensor: Tensor, row: np.ndarray) -> Tensor:
@@ -620,12 +675,17 @@ def _with_row(tensor: Tensor, row: np.ndarray) -> Tensor:
     return Tensor(whole.shape, lambda index: whole[index])
 
 
-def published_config(tensors: Mapping[str, Tensor], *, head_size: int = 64, **values) -> QFormerConfig:
-    """The sizes of the Q-Former in a published checkpoint, read from its tensors.
+def qformer_config(checkpoint: str | Path, **values) -> QFormerConfig:
+    """The configuration of the Q-Former in a checkpoint under the published names.
 
-    What tensors do not tell is BERT's: heads of 64, dropout 0.1; `values` overrule.
-    Raises ValueError when it is no SparQLe checkpoint.
+    What this project saved says it all. Of other files the tensors tell the sizes; what they don't is
+    taken to be BERT's (heads of 64, dropout 0.1) where the width is. `values` overrule.
+    Raises ValueError for a file that is no SparQLe checkpoint, and for one of another width without
+    num_attention_heads among `values`.
     """
+    if saved := _read_metadata(checkpoint).get("qformer"):
+        return QFormerConfig(**{**json.loads(saved), **values})
+    tensors = open_checkpoint(checkpoint)
     layer = "Qformer.bert.encoder.layer"
     needed = [
         "query_tokens",
@@ -633,16 +693,21 @@ def published_config(tensors: Mapping[str, Tensor], *, head_size: int = 64, **va
         f"{layer}.0.intermediate_query.dense.weight",
     ]
     if absent := [name for name in needed if name not in tensors]:
-        raise ValueError(f"this is no SparQLe checkpoint: it has no {', '.join(absent)}.")
+        raise ValueError(f"{checkpoint} is no SparQLe checkpoint: it has no {', '.join(absent)}.")
     _, num_queries, width = tensors["query_tokens"].shape
-    with_cross = sorted(
-        int(match[1])
-        for name in tensors
-        if (match := re.fullmatch(r".*\.layer\.(\d+)\.crossattention\.self\.key\.weight", name))
-    )
-    num_layers = sum(
-        re.fullmatch(r".*\.layer\.\d+\.attention\.self\.key\.weight", n) is not None for n in tensors
-    )
+    if "num_attention_heads" not in values and width not in (768, 1024):
+        raise ValueError(
+            f"{checkpoint} does not say how many attention heads its Q-Former of width {width} has: "
+            "pass num_attention_heads=."
+        )
+
+    def numbers(part: str) -> list[int]:
+        """The layers that have this part."""
+        pattern = re.compile(rf"{re.escape(layer)}\.(\d+)\.{re.escape(part)}")
+        return sorted(int(match[1]) for name in tensors if (match := pattern.fullmatch(name)))
+
+    with_cross = numbers("crossattention.self.key.weight")
+    num_layers = len(numbers("attention.self.key.weight"))
     words = tensors.get("Qformer.bert.embeddings.word_embeddings.weight")
     positions = tensors.get("Qformer.bert.embeddings.position_ids")
     found = dict(
@@ -651,7 +716,7 @@ def published_config(tensors: Mapping[str, Tensor], *, head_size: int = 64, **va
         cross_attention_freq=with_cross[1] if len(with_cross) > 1 else num_layers,
         hidden_size=width,
         num_hidden_layers=num_layers,
-        num_attention_heads=width // head_size,
+        num_attention_heads=width // 64,
         intermediate_size=tensors[needed[2]].shape[0],
         text=words is not None,
     )
@@ -667,20 +732,25 @@ def load_sparqle(
     encoder: Hubert | HubertConfig,
     llm: Decoder | DecoderConfig,
     *,
-    compat: Literal["published"] | None = None,
+    compat: Compat = None,
     dtype: DTypeLike = jnp.float32,
-    sharding: Sharding | None = None,
+    mesh: Mesh | None = None,
+    rngs: nnx.Rngs | None = None,
     **values,
 ) -> SparQLe:
     """A stage-2 model from a checkpoint in the published names, such as SparQLe_best.pt.
 
     encoder, llm: the loaded towers; or their configurations, when the checkpoint holds the towers too.
-    compat="published" for the published weights. values: fields of QFormerConfig that tensors do not tell.
-    Text halves and towers in the checkpoint that are not asked for are left aside.
+    compat="published" for the published weights. rngs: to start stage 2 from a stage-1 checkpoint, whose
+    projection to the LLM is then new. values: see `qformer_config`. Text halves and towers in the
+    checkpoint that are not asked for are left aside. Raises ValueError as `load` does.
     """
+    config = dataclasses.replace(qformer_config(checkpoint, **values), text=False)
     tensors = open_checkpoint(checkpoint)
-    config = dataclasses.replace(published_config(tensors, **values), text=False)
-    encoder, llm = _towers(tensors, encoder, llm, str(checkpoint), dtype, sharding)
+    encoder = _encoder_of(checkpoint, tensors, encoder, dtype, mesh)
+    if isinstance(llm, DecoderConfig):
+        part = _part(tensors, "llama_model.") or _part(tensors, "llm_model.")
+        llm = _decoder(llm, part, f"the LLM in {checkpoint}", dtype, mesh)
 
     def make(rngs: nnx.Rngs) -> nnx.Dict:
         return nnx.Dict(
@@ -693,8 +763,10 @@ def load_sparqle(
         SPARQLE,
         tensors,
         name=str(checkpoint),
-        sharding=sharding,
+        mesh=mesh,
         ignored=(*TOWERS, *STAGE_1_ONLY),
+        fresh=[] if rngs is None else [r"projection\..*"],
+        rngs=rngs,
     )
     return SparQLe(encoder, trained.adapter, trained.projection, llm, compat=compat)
 
@@ -704,13 +776,13 @@ def load_aligner(
     encoder: Hubert | HubertConfig,
     *,
     dtype: DTypeLike = jnp.float32,
-    sharding: Sharding | None = None,
+    mesh: Mesh | None = None,
     **values,
 ) -> Aligner:
     """A stage-1 model from a checkpoint in the published names; arguments as for `load_sparqle`."""
+    config = qformer_config(checkpoint, **values)
     tensors = open_checkpoint(checkpoint)
-    config = published_config(tensors, **values)
-    encoder, _ = _towers(tensors, encoder, None, str(checkpoint), dtype, sharding)
+    encoder = _encoder_of(checkpoint, tensors, encoder, dtype, mesh)
     features = tensors["speech_proj.weight"].shape[0] if "speech_proj.weight" in tensors else 256
 
     def make(rngs: nnx.Rngs) -> nnx.Dict:
@@ -719,33 +791,20 @@ def load_aligner(
             heads=AlignmentHeads(config.hidden_size, features, dtype=dtype, rngs=rngs),
         )
 
-    trained = load(make, ALIGNER, tensors, name=str(checkpoint), sharding=sharding, ignored=TOWERS)
+    trained = load(make, ALIGNER, tensors, name=str(checkpoint), mesh=mesh, ignored=TOWERS)
     return Aligner(encoder, trained.adapter, trained.heads)
 
 
-def _towers(tensors, encoder, llm, name, dtype, sharding):
-    """The towers: as given, or from the checkpoint where a configuration is given."""
-    kwargs = dict(dtype=dtype, param_dtype=dtype)
-    if isinstance(encoder, HubertConfig):
-        config = encoder
-        table = HUBERT.within("", "speech_encoder.")
-        part = {key: tensor for key, tensor in tensors.items() if key.startswith("speech_encoder.")}
-        encoder = load(
-            lambda rngs: Hubert(config, **kwargs, rngs=rngs), table, part, name=name, sharding=sharding
-        )
-    if isinstance(llm, DecoderConfig):
-        llm_config = llm
-        prefix = "llama_model." if any(key.startswith("llama_model.") for key in tensors) else "llm_model."
-        part = {key: tensor for key, tensor in tensors.items() if key.startswith(prefix)}
-        llm = load(
-            lambda rngs: Decoder(llm_config, **kwargs, rngs=rngs),
-            DECODER.within("", prefix),
-            part,
-            name=name,
-            sharding=sharding,
-            ignored=[prefix + pattern for pattern in TIED_HEAD] if llm_config.tie_word_embeddings else (),
-        )
-    return encoder, llm
+def _encoder_of(checkpoint, tensors, encoder: Hubert | HubertConfig, dtype, mesh) -> Hubert:
+    """The encoder as given, or from the checkpoint where its configuration is given."""
+    if isinstance(encoder, Hubert):
+        return encoder
+    part = _part(tensors, "speech_encoder.")
+    return _hubert(encoder, part, f"the encoder in {checkpoint}", dtype, mesh)
+
+
+def _part(tensors: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
+    return {k.removeprefix(prefix): tensor for k, tensor in tensors.items() if k.startswith(prefix)}
 
 
 # --- Saving ---------------------------------------------------------------------------------------------
@@ -771,18 +830,19 @@ def export(state: nnx.State, table: Table) -> dict[str, np.ndarray]:
 def save_published(model: SparQLe | Aligner, file: str | Path) -> None:
     """Saves what trains under the published names: `.safetensors`, or `.pt` as the PyTorch code loads it.
 
-    Raises ValueError for another ending.
+    The Q-Former's configuration goes with it. Raises ValueError for another ending.
     """
-    file = Path(file)
-    table = ALIGNER if isinstance(model, Aligner) else SPARQLE
-    tensors = export(nnx.state(model), table)
-    positions = np.arange(model.adapter.config.max_position_embeddings)[None]
-    tensors["Qformer.bert.embeddings.position_ids"] = positions  # a buffer that PyTorch looks for
+    file, config = Path(file), model.adapter.config
+    tensors = export(nnx.state(model), ALIGNER if isinstance(model, Aligner) else SPARQLE)
+    # A buffer that PyTorch looks for.
+    tensors["Qformer.bert.embeddings.position_ids"] = np.arange(config.max_position_embeddings)[None]
+    metadata = {"qformer": json.dumps(dataclasses.asdict(config))}
     if file.suffix == ".safetensors":
-        save_file(tensors, file)
+        save_file(tensors, file, metadata)
     elif file.suffix == ".pt":
         import torch
 
-        torch.save({"model": {name: torch.from_numpy(value) for name, value in tensors.items()}}, file)
+        tensors = {name: torch.from_numpy(value) for name, value in tensors.items()}
+        torch.save({"model": tensors, "metadata": metadata}, file)
     else:
         raise ValueError(f"{file}: give a name that ends in .safetensors or .pt.")

@@ -8,10 +8,12 @@ tokens are used in training and in inference, and an answer ends with the templa
 import functools
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 from transformers import AutoTokenizer
+
+from sparqle_jax.compat import Compat, check_compat
 
 SPEECH = "<SpeechHere>"
 LANGUAGE = "TARGETLANG"
@@ -43,14 +45,8 @@ TRANSLATE = tuple(
 def instruction(template: str, language: str | None = None) -> str:
     """A template with its language filled in, such as "German".
 
-    Raises ValueError when the template has no place for the speech, or just one of template and caller names
-    a language.
+    Raises ValueError when just one of template and caller has a language.
     """
-    if template.count(SPEECH) != 1:
-        raise ValueError(
-            f"the instruction {template!r} has {template.count(SPEECH)} places for the speech; "
-            f"write {SPEECH} in it, once."
-        )
     if (LANGUAGE in template) != (language is not None):
         raise ValueError(
             f"the instruction {template!r} asks for a language ({LANGUAGE}), but none is given."
@@ -74,17 +70,18 @@ class Prompter:
         vocab_size: int,
         *,
         system: str | None = None,
-        compat: Literal["published"] | None = None,
+        compat: Compat = None,
     ):
+        check_compat(compat)
         largest = max(tokenizer.get_vocab().values())
         if largest >= vocab_size:
             raise ValueError(
                 f"the tokenizer has token ids up to {largest} but the LLM's vocabulary has {vocab_size} "
                 "entries: they do not belong together, or tokens were added to the tokenizer alone."
             )
-        if compat == "published" and not tokenizer.chat_template:
-            raise ValueError("compat='published' needs a tokenizer with a chat template (Llama 3's).")
-        self.tokenizer, self.vocab_size, self.system, self.compat = tokenizer, vocab_size, system, compat
+        if compat == "published" and not (tokenizer.chat_template and tokenizer.bos_token_id is not None):
+            raise ValueError("compat='published' needs a tokenizer with a chat template and BOS: Llama 3's.")
+        self.tokenizer, self.system, self.compat = tokenizer, system, compat
 
     @classmethod
     def from_folder(cls, folder: str | Path, vocab_size: int, **kwargs) -> "Prompter":
@@ -94,7 +91,10 @@ class Prompter:
     def prompt(self, instruction: str) -> tuple[list[int], list[int]]:
         """The tokens before and after the speech. Raises ValueError when there is no one place for it."""
         if instruction.count(SPEECH) != 1:
-            raise ValueError(f"the instruction {instruction!r} must have {SPEECH} in it, once.")
+            raise ValueError(
+                f"the instruction {instruction!r} has {instruction.count(SPEECH)} places for the speech; "
+                f"write {SPEECH} in it, once."
+            )
         if self.compat == "published":
             return self._published_prompt(instruction)
         if not self.tokenizer.chat_template:
@@ -134,8 +134,8 @@ class Prompter:
         return self.tokenizer.eos_token_id
 
     def decode(self, ids: Sequence[int]) -> str:
-        """The text of generated tokens, up to the first that ends the answer."""
-        ids = list(map(int, ids))
+        """The text of generated tokens int [L], up to the first that ends the answer."""
+        ids = np.asarray(ids).tolist()
         if self.end_id in ids:
             ids = ids[: ids.index(self.end_id)]
         return self.tokenizer.decode(ids, skip_special_tokens=True).strip()
@@ -171,45 +171,69 @@ def collate(
     after_length: int | None = None,
     answer_length: int | None = None,
 ) -> dict[str, np.ndarray]:
-    """Token lists to the arrays of a batch: before, after and answer int32 [B, L], each with its mask.
+    """Stage 2: token lists to before, after and answer int32 [B, L], each with its mask.
 
-    Prompts are padded on the left, answers on the right, to the lengths given or the longest of each.
-    Raises ValueError, naming the example, for tokens outside the vocabulary and for lists that are too
-    long: nothing is ever cut.
+    prompts: from `Prompter.prompt`; answers: from `Prompter.answer`; vocab_size: of the LLM. Prompts are
+    padded on the left, answers on the right, to the lengths given or the longest of each. Raises
+    ValueError as `pad_tokens` does.
     """
-    parts = {
-        "before": ([before for before, _ in prompts], before_length),
-        "after": ([after for _, after in prompts], after_length),
-    }
-    if answers is not None:
-        parts["answer"] = (answers, answer_length)
     batch = {}
-    for name, (rows, length) in parts.items():
-        check_ids(rows, vocab_size, name)
-        longest = max(map(len, rows))
-        length = longest if length is None else length
-        if longest > length:
-            i = max(range(len(rows)), key=lambda i: len(rows[i]))
-            raise ValueError(
-                f"example {i} has {longest} tokens {name}{'' if name == 'answer' else ' the speech'}, more "
-                f"than {name}_length={length}: make {name}_length longer, or leave the example out."
+    for name, rows, length in (
+        ("before", [before for before, _ in prompts], before_length),
+        ("after", [after for _, after in prompts], after_length),
+        ("answer", answers, answer_length),
+    ):
+        if rows is not None:
+            left = name != "answer"
+            batch[name], batch[f"{name}_mask"] = pad_tokens(
+                rows, length, name=name, vocab_size=vocab_size, left=left
             )
-        ids = np.zeros((len(rows), length), np.int32)
-        mask = np.zeros(ids.shape, bool)
-        for i, row in enumerate(rows):
-            where = slice(0, len(row)) if name == "answer" else slice(length - len(row), length)
-            ids[i, where] = row
-            mask[i, where] = True
-        batch |= {name: ids, f"{name}_mask": mask}
     return batch
 
 
-def check_ids(rows: Sequence[Sequence[int]], vocab_size: int, name: str) -> None:
-    """Raises ValueError for the first token id that the vocabulary does not have."""
+def collate_texts(
+    tokenizer: Any, texts: Sequence[str], *, vocab_size: int, length: int | None = None
+) -> dict[str, np.ndarray]:
+    """Stage 1: transcripts to text int32 [B, L] and text_mask, from [CLS] to [SEP].
+
+    tokenizer: that of the BERT which the Q-Former starts from; vocab_size: of the Q-Former. Raises
+    ValueError as `pad_tokens` does.
+    """
+    rows = tokenizer(list(texts)).input_ids
+    ids, mask = pad_tokens(rows, length, name="text", vocab_size=vocab_size)
+    return {"text": ids, "text_mask": mask}
+
+
+def pad_tokens(
+    rows: Sequence[Sequence[int]],
+    length: int | None = None,
+    *,
+    name: str,
+    vocab_size: int,
+    left: bool = False,
+) -> tuple[np.ndarray, np.ndarray]:
+    """Token lists to (int32 [B, L], mask bool [B, L]); L is `length`, or the longest list's.
+
+    Raises ValueError, naming the example, for a token outside the vocabulary and for a list longer than
+    `length`: nothing is ever cut.
+    """
+    longest = max(map(len, rows))
+    length = longest if length is None else length
+    ids = np.zeros((len(rows), length), np.int32)
+    mask = np.zeros(ids.shape, bool)
     for i, row in enumerate(rows):
+        if len(row) > length:
+            raise ValueError(
+                f"{name} of example {i} has {len(row)} tokens, more than {name}_length={length}: make "
+                f"{name}_length longer, or leave the example out."
+            )
         for token in row:
             if not 0 <= token < vocab_size:
                 raise ValueError(
                     f"{name} of example {i} has the token id {token}, outside the vocabulary (0 to "
                     f"{vocab_size - 1}): the tokenizer is not the model's."
                 )
+        where = slice(length - len(row), length) if left else slice(0, len(row))
+        ids[i, where] = row
+        mask[i, where] = True
+    return ids, mask

@@ -11,7 +11,7 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 MESH_AXES = ("data", "fsdp", "model")
 
 # Names of parameter dimensions (metadata `axes`) -> mesh axis. What is not here is not split.
-RULES = {"embed": "fsdp", "heads": "model", "mlp": "model", "vocab": "model"}
+MESH_AXIS_OF = {"embed": "fsdp", "heads": "model", "mlp": "model", "vocab": "model"}
 
 
 def make_mesh(shape: tuple[int, int, int], devices: list[jax.Device] | None = None) -> Mesh:
@@ -28,7 +28,7 @@ def make_mesh(shape: tuple[int, int, int], devices: list[jax.Device] | None = No
 
 
 def state_sharding(state: nnx.State, mesh: Mesh) -> nnx.State:
-    """The sharding of every parameter of a (possibly abstract) state, by RULES.
+    """The sharding of every parameter of a (possibly abstract) state, by MESH_AXIS_OF.
 
     Raises ValueError, naming all of them, for dimensions that their mesh axis does not divide.
     """
@@ -38,7 +38,7 @@ def state_sharding(state: nnx.State, mesh: Mesh) -> nnx.State:
         shape = variable.get_value().shape
         axes = variable.get_metadata("axes")
         axes = (None,) * (len(shape) - len(axes)) + tuple(axes)  # stacked layers: a dimension in front
-        spec = [RULES.get(axis) for axis in axes]
+        spec = [MESH_AXIS_OF.get(axis) for axis in axes]
         for size, axis in zip(shape, spec, strict=True):
             if axis is not None and size % mesh.shape[axis]:
                 name = ".".join(map(str, path))
@@ -47,5 +47,8 @@ def state_sharding(state: nnx.State, mesh: Mesh) -> nnx.State:
 
     flat = [(path, sharding(path, variable)) for path, variable in nnx.to_flat_state(state)]
     if problems:
-        raise ValueError("these parameters can't be split over the mesh:\n" + "\n".join(problems))
+        raise ValueError(
+            "these parameters can't be split over the mesh; choose other sizes of its axes:\n"
+            + "\n".join(problems)
+        )
     return nnx.from_flat_state(flat)

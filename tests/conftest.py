@@ -9,6 +9,7 @@ os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 import jax
+import numpy as np
 import pytest
 from flax import nnx
 from safetensors.numpy import load_file
@@ -90,3 +91,15 @@ def call(method, *args, **options):
 @partial(jax.jit, static_argnums=(0, 1, 2))
 def _call(graph, name, options, state, args):
     return getattr(nnx.merge(graph, state), name)(*args, **dict(options))
+
+
+def part_of(tensors: dict, prefix: str) -> dict:
+    """The tensors of one tower, under its own names."""
+    return {k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)}
+
+
+def assert_same_parameters(a, b):
+    a, b = (dict(nnx.to_flat_state(nnx.state(module))) for module in (a, b))
+    assert a.keys() == b.keys()
+    for path in a:
+        np.testing.assert_array_equal(a[path].get_value(), b[path].get_value(), str(path))

@@ -1,10 +1,12 @@
-"""How much host memory loading takes: `python -m tests.memory FOLDER DTYPE` prints it as JSON.
+"""How much host memory loading a decoder takes, measured in a process of its own.
 
-In a process of its own, because a peak is the whole process's.
+`python -m tests.memory FOLDER DTYPE` prints the figures, in bytes, as JSON.
 """
 
 import json
+import os
 import re
+import subprocess
 import sys
 from pathlib import Path
 
@@ -13,6 +15,14 @@ import jax.numpy as jnp
 from flax import nnx
 
 from sparqle_jax import pretrained
+
+
+def measure(folder: Path, dtype: str) -> dict[str, int]:
+    """Runs this file on a model folder, and returns what it prints."""
+    command = [sys.executable, "-m", "tests.memory", str(folder), dtype]
+    environment = os.environ | {"JAX_PLATFORMS": "cpu"}
+    result = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True, env=environment)
+    return json.loads(result.stdout)
 
 
 def status(name: str) -> int:

@@ -26,8 +26,25 @@ def test_published_weights_want_peak_normalisation(tmp_path, waveform):
     np.testing.assert_array_equal(extractor(np.zeros(500)), np.zeros(500))
 
 
+def test_as_transformers_5_saves_a_processor(tmp_path, waveform):
+    config = {"feature_extractor": {"do_normalize": False}}
+    (tmp_path / "processor_config.json").write_text(json.dumps(config))
+    np.testing.assert_array_equal(audio.FeatureExtractor.from_folder(tmp_path)(waveform), waveform)
+
+
 def test_silence_stays_silence():
-    np.testing.assert_array_equal(audio.FeatureExtractor()(np.zeros(500, np.int16)), np.zeros(500))
+    np.testing.assert_array_equal(audio.FeatureExtractor()(np.zeros(500)), np.zeros(500))
+
+
+def test_what_is_refused(tmp_path):
+    with pytest.raises(ValueError, match="is of int16; samples from -1 to 1 are needed: divide it by 32768"):
+        audio.FeatureExtractor()(np.zeros(500, np.int16))
+    with pytest.raises(FileNotFoundError, match="is no folder"):
+        audio.FeatureExtractor.from_folder(tmp_path / "absent")
+    with pytest.raises(ValueError, match="compat must be one of"):
+        audio.FeatureExtractor(compat="publised")
+    with pytest.raises(ValueError, match="there are no waveforms"):
+        audio.pad([])
 
 
 def test_other_sample_rate(tmp_path):

@@ -1,4 +1,5 @@
 import dataclasses
+import math
 
 import jax
 import jax.numpy as jnp
@@ -9,6 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from sparqle_jax.llms.decoder import Decoder, DecoderConfig, RopeScaling, rope_frequencies
+from sparqle_jax.sharding import make_mesh, state_sharding
 from tests.conftest import call
 
 CONFIG = DecoderConfig(
@@ -87,6 +89,18 @@ def test_sliding_window():
     assert moved == [False, False, True, True, True, False, False, False]
 
 
+@pytest.mark.parametrize("shape", [(2, 2, 2), (1, 1, 4)])
+def test_sharded_equals_one_device(ids, shape):
+    """On every axis of the mesh at once, and with the heads of keys split four ways."""
+    decoder = Decoder(dataclasses.replace(CONFIG, vocab_size=40), rngs=nnx.Rngs(0))
+    graph, state = nnx.split(decoder)
+    mesh = make_mesh(shape, jax.devices()[: math.prod(shape)])
+    run = jax.jit(lambda state, ids: nnx.merge(graph, state)(ids)[0])
+    with jax.set_mesh(mesh):
+        sharded = run(jax.device_put(state, state_sharding(state, mesh)), ids)
+    np.testing.assert_allclose(sharded, run(state, ids), atol=1e-5)
+
+
 @pytest.mark.parametrize("remat", ["full", "dots"])
 def test_remat_changes_no_gradient(ids, remat):
     def gradients(remat):
@@ -151,6 +165,10 @@ class TestConfig:
     def test_what_is_not_supported(self):
         with pytest.raises(ValueError, match=r"'yarn' is not supported; supported: \['default', 'linear'"):
             DecoderConfig.from_dict({"model_type": "llama", "rope_scaling": {"rope_type": "yarn"}})
+        with pytest.raises(ValueError, match="rope type 'linear' needs a factor"):
+            DecoderConfig.from_dict({"model_type": "llama", "rope_scaling": {"rope_type": "linear"}})
+        with pytest.raises(ValueError, match=r"model_type='gemma' is not supported; supported: \['llama'"):
+            DecoderConfig.from_dict({"model_type": "gemma"})
         with pytest.raises(ValueError, match="4 is not a multiple of num_key_value_heads=3"):
             dataclasses.replace(CONFIG, num_key_value_heads=3)
 

@@ -14,7 +14,7 @@ from flax import nnx
 from safetensors.numpy import load_file
 
 from sparqle_jax import losses, pretrained
-from sparqle_jax.generate import Decoding, generate
+from sparqle_jax.generate import GenerationConfig, generate
 from sparqle_jax.model import partition
 from tests.conftest import GOLDEN, Golden, call
 
@@ -134,6 +134,8 @@ class TestStage1:
         for name, matrix in (("s2t", similarities), ("t2s", similarities.T)):
             weights = jax.nn.softmax(losses.negative_logits(matrix, ids))
             assert_close(weights, numbers[f"neg_weights_{name}"])
+            drawn = numbers["neg_text_idx" if name == "s2t" else "neg_speech_idx"]
+            np.testing.assert_array_equal(weights.argmax(1), drawn)
 
         negatives = numbers["neg_speech_idx"], numbers["neg_text_idx"]
         logits = call(aligner.matching_logits, frames, None, batch["text"], batch["text_mask"], negatives)
@@ -180,7 +182,7 @@ class TestStage2:
 
         @jax.jit
         def loss(trained, frozen):
-            return nnx.merge(graph, trained, frozen).loss(batch)[0]
+            return nnx.merge(graph, trained, frozen).loss(batch, jax.random.key(0), train=False)[0]
 
         value, gradients = jax.value_and_grad(loss)(trained, frozen)
         assert_close(value, numbers["loss"])
@@ -188,7 +190,7 @@ class TestStage2:
 
 
 # What transformers' `generate` was asked for: the names say the rest.
-DECODINGS = {
+GENERATIONS = {
     "greedy": dict(),
     "beam5": dict(num_beams=5, early_stopping=True),
     "beam5_ngram2": dict(num_beams=5, early_stopping=True, no_repeat_ngram_size=2),
@@ -196,13 +198,14 @@ DECODINGS = {
 }
 
 
-@pytest.mark.parametrize("name", DECODINGS)
+@pytest.mark.parametrize("name", GENERATIONS)
 def test_generated_tokens(golden, sparqle, name):
     config, batch = golden.config["stage2"], stage2_batch(golden)
     end = config["eos_token_id"]
-    decoding = Decoding(config["max_new_tokens"], end_ids=(end,), pad_id=end, **DECODINGS[name])
-    graph, state = nnx.split(sparqle)
-    tokens = jax.jit(lambda state, batch: generate(nnx.merge(graph, state), batch, decoding))(state, batch)
+    settings = GenerationConfig(
+        config["max_new_tokens"], eos_token_ids=(end,), pad_token_id=end, **GENERATIONS[name]
+    )
+    tokens = np.asarray(generate(sparqle, batch, settings))
     expected = golden.numbers[2][name]
     np.testing.assert_array_equal(tokens[:, : expected.shape[1]], expected)
     assert (tokens[:, expected.shape[1] :] == end).all()  # transformers cuts off what all have as padding

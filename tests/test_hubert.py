@@ -115,6 +115,11 @@ def test_shorter_than_a_frame():
         Hubert(LARGE, rngs=nnx.Rngs(0))(np.zeros((1, 399), np.float32))
 
 
+def test_unknown_compat():
+    with pytest.raises(ValueError, match=r"must be one of \[None, 'published', 'transformers'\], got 'x'"):
+        Hubert(LARGE, rngs=nnx.Rngs(0))(np.zeros((1, 400), np.float32), compat="x")
+
+
 def test_unknown_remat():
     with pytest.raises(ValueError, match=r"remat='all' is not .* one of \['dots', 'full'\]"):
         Hubert(LARGE, remat="all", rngs=nnx.Rngs(0))

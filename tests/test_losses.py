@@ -34,11 +34,13 @@ class TestNegatives:
             assert (self.ids[drawn] != self.ids).all()
 
     def test_drawn_as_likely_as_similar(self):
-        similarities = jnp.log(jnp.array([[9.0, 9, 3, 1], [9, 9, 1, 1], [1, 1, 9, 2], [1, 1, 1, 9]]))
-        draw = jax.jit(jax.vmap(lambda key: losses.draw_negatives(key, similarities, self.ids)[1]))
-        text = np.asarray(draw(jax.random.split(jax.random.key(1), 4000)))
-        share = [(text[:, 0] == j).mean() for j in range(4)]
-        np.testing.assert_allclose(share, [0, 0, 0.75, 0.25], atol=0.03)
+        """For a recording by its row of speech by text, for a text by its column."""
+        similarities = jnp.log(jnp.array([[9.0, 9, 3, 1], [9, 9, 1, 1], [1, 1, 9, 2], [4, 1, 1, 9]]))
+        draw = jax.jit(jax.vmap(lambda key: losses.draw_negatives(key, similarities, self.ids)))
+        speech, text = draw(jax.random.split(jax.random.key(1), 4000))
+        for drawn, expected in ((text, [0, 0, 0.75, 0.25]), (speech, [0, 0, 0.2, 0.8])):
+            share = [(np.asarray(drawn)[:, 0] == j).mean() for j in range(4)]
+            np.testing.assert_allclose(share, expected, atol=0.03)
 
     def test_a_batch_of_one_recording_has_none(self):
         ids, similarities = jnp.array([5, 5]), jnp.zeros((2, 2))

@@ -5,43 +5,12 @@ from flax import nnx
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from sparqle_jax.model import RULES, SparQLe, partition
+from sparqle_jax.model import FREEZING, SparQLe, partition
 from sparqle_jax.sharding import make_mesh, state_sharding
+from tests.batches import padded, stage1_batch, stage2_batch
 from tests.conftest import call
 
-SAMPLES, TEXT = 1600, 8
-
-
-def stage1_batch(rng, size: int = 3) -> dict:
-    return dict(
-        waveform=rng.normal(size=(size, SAMPLES)).astype(np.float32),
-        waveform_mask=np.arange(SAMPLES) < rng.integers(400, SAMPLES, (size, 1)),
-        text=rng.integers(4, 70, (size, TEXT)).astype(np.int32),
-        text_mask=np.arange(TEXT) < rng.integers(2, TEXT + 1, (size, 1)),
-        recording_id=np.arange(size) % (size - 1),
-    )
-
-
-def stage2_batch(rng, size: int = 3) -> dict:
-    batch = stage1_batch(rng, size)
-    batch = {name: batch[name] for name in ("waveform", "waveform_mask")}
-    for name, length, left in (("before", 4, True), ("after", 5, True), ("answer", 6, False)):
-        batch[name] = rng.integers(0, 97, (size, length)).astype(np.int32)
-        mask = np.arange(length) < rng.integers(1, length + 1, (size, 1))
-        batch[f"{name}_mask"] = mask[:, ::-1] if left else mask
-    return batch
-
-
-def padded(batch: dict, rng, **padding: int) -> dict:
-    """The batch with more padding, filled with anything: prompts on the left, the rest on the right."""
-    out = dict(batch)
-    for name, count in padding.items():
-        where = (0, 0), ((count, 0) if name in ("before", "after") else (0, count))
-        out[name] = np.pad(batch[name], where, constant_values=3)
-        out[f"{name}_mask"] = np.pad(batch[f"{name}_mask"], where)
-        noise = rng.integers(0, 70, out[name].shape).astype(out[name].dtype)
-        out[name] = np.where(out[f"{name}_mask"], out[name], noise)
-    return out
+KEY = jax.random.key(0)
 
 
 @settings(max_examples=12, deadline=None)
@@ -50,9 +19,9 @@ def test_padding_changes_no_stage_1_loss(aligner, seed):
     rng = np.random.default_rng(seed)
     batch = stage1_batch(rng)
     other = padded(batch, rng, waveform=640, text=3)
-    key = jax.random.key(0)  # the same negatives: they depend on similarities, not on padding
-    loss, parts = call(aligner.loss, batch, key, train=False)
-    other_loss, other_parts = call(aligner.loss, other, key, train=False)
+    # The same key draws the same negatives: they depend on similarities, not on padding.
+    loss, parts = call(aligner.loss, batch, KEY, train=False)
+    other_loss, other_parts = call(aligner.loss, other, KEY, train=False)
     np.testing.assert_allclose(loss, other_loss, rtol=1e-4)
     for name in ("stc", "stm", "stg"):
         np.testing.assert_allclose(parts[name], other_parts[name], rtol=1e-4)
@@ -64,8 +33,8 @@ def test_padding_changes_no_stage_2_loss(sparqle, seed):
     rng = np.random.default_rng(seed)
     batch = stage2_batch(rng)
     other = padded(batch, rng, waveform=640, before=2, after=1, answer=3)
-    loss, metrics = call(sparqle.loss, batch)
-    other_loss, other_metrics = call(sparqle.loss, other)
+    loss, metrics = call(sparqle.loss, batch, KEY, train=False)
+    other_loss, other_metrics = call(sparqle.loss, other, KEY, train=False)
     np.testing.assert_allclose(loss, other_loss, rtol=1e-4)
     assert metrics["tokens"] == other_metrics["tokens"] == batch["answer_mask"].sum()
 
@@ -81,11 +50,13 @@ def test_an_example_in_a_batch_is_read_as_alone(sparqle):
         for name in ("waveform", "before", "after", "answer"):
             alone[name] = batch[name][row][batch[f"{name}_mask"][row]][None]
             alone[f"{name}_mask"] = np.ones(alone[name].shape, bool)
-        losses.append(call(sparqle.loss, alone)[0])
+        losses.append(call(sparqle.loss, alone, KEY, train=False)[0])
         tokens.append(alone["answer"].size)
         expected, _ = call(sparqle.embed_prompt, alone)
         np.testing.assert_allclose(embeddings[row][mask[row]], expected[0], atol=1e-5)
-    np.testing.assert_allclose(call(sparqle.loss, batch)[0], np.average(losses, weights=tokens), rtol=1e-5)
+    np.testing.assert_allclose(
+        call(sparqle.loss, batch, KEY, train=False)[0], np.average(losses, weights=tokens), rtol=1e-5
+    )
 
 
 def test_hard_negatives_come_from_the_key(aligner):
@@ -110,8 +81,49 @@ def test_published_behaviour(tiny, sparqle):
         np.testing.assert_allclose(call(published.embed_speech, waveform, given_mask), expected, atol=1e-4)
         exact = call(sparqle.embed_speech, waveform, given_mask)
         assert np.abs(exact - expected).max() > 1e-3
-    with pytest.raises(ValueError, match="compat must be None or 'published', got 'paper'"):
+    with pytest.raises(ValueError, match=r"compat must be one of \[None, 'published'\], got 'paper'"):
         SparQLe(sparqle.encoder, sparqle.adapter, sparqle.projection, sparqle.llm, compat="paper")
+
+
+def test_a_prompt_that_ends_with_the_speech(sparqle):
+    """Beside one that goes on after it: its answer follows the speech, not the padding."""
+    batch = stage2_batch(np.random.default_rng(0), 2)
+    batch["after_mask"] = np.array([[False] * 5, [True] * 5])
+    alone = {name: value[:1] for name, value in batch.items()}
+    alone |= {name: alone[name][:, :0] for name in ("after", "after_mask")}
+    parts = [
+        call(sparqle.loss, part, KEY, train=False) for part in (alone, {k: v[1:] for k, v in batch.items()})
+    ]
+    whole, _ = call(sparqle.loss, batch, KEY, train=False)
+    weights = [metrics["tokens"] for _, metrics in parts]
+    np.testing.assert_allclose(whole, np.average([loss for loss, _ in parts], weights=weights), rtol=1e-5)
+
+
+def test_padding_may_hold_anything(aligner, sparqle):
+    """Even ids that no vocabulary has, such as the -100 of transformers."""
+    rng = np.random.default_rng(0)
+    for model, batch, names in (
+        (aligner, stage1_batch(rng), ["text"]),
+        (sparqle, stage2_batch(rng), ["before", "after", "answer"]),
+    ):
+        other = batch | {name: np.where(batch[f"{name}_mask"], batch[name], -100) for name in names}
+        losses = [call(model.loss, b, KEY, train=False)[0] for b in (batch, other)]
+        assert np.isfinite(losses[0])
+        assert losses[0] == losses[1]
+        outside = batch | {names[0]: np.full_like(batch[names[0]], 97)}
+        assert np.isnan(call(model.loss, outside, KEY, train=False)[0])
+
+
+def test_stage_2_starts_from_stage_1(aligner, sparqle):
+    """The same adapter without its text half; speech goes through it as before."""
+    started = SparQLe.from_aligner(aligner, sparqle.llm, rngs=nnx.Rngs(0))
+    waveform = np.random.default_rng(0).normal(size=(1, 1600)).astype(np.float32)
+    frames, _ = call(aligner.encoder.__call__, waveform)
+    expected = started.projection(call(aligner.adapter.__call__, frames))
+    np.testing.assert_allclose(call(started.embed_speech, waveform), expected, atol=1e-5)
+    assert not started.adapter.config.text
+    names = {path[1] for path, _ in nnx.to_flat_state(partition(started)[1]) if path[0] == "adapter"}
+    assert names == {"frames_norm", "query_tokens", "embeddings_norm", "layers"}
 
 
 class TestPartition:
@@ -128,16 +140,15 @@ class TestPartition:
 
     def test_every_parameter_needs_one_rule(self, sparqle):
         with pytest.raises(ValueError, match=r"projection.bias: 0 rules\n  projection.kernel: 0 rules"):
-            partition(sparqle, [rule for rule in RULES if "projection" not in rule[0]])
+            partition(sparqle, [rule for rule in FREEZING if "projection" not in rule[0]])
         with pytest.raises(ValueError, match=r"projection.bias: 2 rules"):
-            partition(sparqle, [*RULES, (r".*\.bias", "frozen")])
+            partition(sparqle, [*FREEZING, (r".*\.bias", "frozen")])
 
 
 def test_sharded_equals_one_device(aligner, sparqle):
     """With the batch split over 8 devices and the parameters over 4: both losses, and stage 2's gradients."""
     mesh = make_mesh((2, 4, 1))
     rng = np.random.default_rng(0)
-    key = jax.random.key(0)
 
     def run(model, batch, function):
         graph, trained, frozen = partition(model)
@@ -149,10 +160,10 @@ def test_sharded_equals_one_device(aligner, sparqle):
             return expected, program(*placed, jax.device_put(batch, split))
 
     def stage1_loss(graph, trained, frozen, batch):
-        return nnx.merge(graph, trained, frozen).loss(batch, key)[0]
+        return nnx.merge(graph, trained, frozen).loss(batch, KEY)[0]
 
     def stage2_loss(graph, trained, frozen, batch):
-        return nnx.merge(graph, trained, frozen).loss(batch)[0]
+        return nnx.merge(graph, trained, frozen).loss(batch, KEY)[0]
 
     def stage2_gradients(graph, trained, frozen, batch):
         return jax.value_and_grad(lambda t: stage2_loss(graph, t, frozen, batch))(trained)

@@ -1,7 +1,4 @@
-import functools
 import json
-import os
-import subprocess
 import sys
 
 import jax
@@ -16,11 +13,9 @@ from sparqle_jax import pretrained
 from sparqle_jax.adapters.qformer import QFormer
 from sparqle_jax.encoders.hubert import HubertConfig
 from sparqle_jax.llms.decoder import Decoder, DecoderConfig
-from sparqle_jax.sharding import make_mesh, state_sharding
-
-
-def part_of(tensors: dict, prefix: str) -> dict:
-    return {k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)}
+from sparqle_jax.sharding import make_mesh
+from tests.conftest import assert_same_parameters, part_of
+from tests.memory import measure
 
 
 def write_folder(folder, config: dict, tensors: dict):
@@ -49,13 +44,6 @@ def hubert(tiny, stage2):
 @pytest.fixture
 def llama(tiny, stage2):
     return tiny.config["llm"], part_of(stage2, "llama_model.")
-
-
-def assert_same_parameters(a, b):
-    a, b = (dict(nnx.to_flat_state(nnx.state(module))) for module in (a, b))
-    assert a.keys() == b.keys()
-    for path in a:
-        np.testing.assert_array_equal(a[path].get_value(), b[path].get_value(), str(path))
 
 
 class TestFolders:
@@ -91,11 +79,19 @@ class TestFolders:
     def test_tied_embeddings(self, tmp_path, llama):
         config, tensors = llama
         config = {**config, "tie_word_embeddings": True}
-        with_copy = pretrained.load_decoder(write_folder(tmp_path / "a", config, tensors))
-        tensors.pop("lm_head.weight")
-        without = pretrained.load_decoder(write_folder(tmp_path / "b", config, tensors))
-        assert_same_parameters(with_copy, without)
-        assert without.lm_head is None
+        with pytest.raises(ValueError, match=r"lm_head.weight differs from model.embed_tokens"):
+            pretrained.load_decoder(write_folder(tmp_path / "untied", config, tensors))
+        table = tensors["model.embed_tokens.weight"]
+        tensors["lm_head.weight"] = table.copy()
+        both = pretrained.load_decoder(write_folder(tmp_path / "both", config, tensors))
+        tensors.pop("model.embed_tokens.weight")
+        head = pretrained.load_decoder(write_folder(tmp_path / "head", config, tensors))
+        tensors["model.embed_tokens.weight"] = tensors.pop("lm_head.weight")
+        neither = pretrained.load_decoder(write_folder(tmp_path / "neither", config, tensors))
+        assert_same_parameters(both, neither)
+        assert_same_parameters(head, neither)
+        assert neither.lm_head is None
+        np.testing.assert_array_equal(neither.embeddings.embedding[...], table)
 
     def test_bfloat16_on_disk_and_in_memory(self, tmp_path, llama):
         config, tensors = llama
@@ -124,7 +120,7 @@ class TestSharded:
         config, tensors = llama
         folder = write_folder(tmp_path / "llm", config, tensors)
         mesh = make_mesh((2, 4, 1))
-        loaded = pretrained.load_decoder(folder, sharding=functools.partial(state_sharding, mesh=mesh))
+        loaded = pretrained.load_decoder(folder, mesh=mesh)
         assert_same_parameters(loaded, sparqle.llm)
         kernel = loaded.layers.query.kernel[...]
         assert kernel.sharding.spec == jax.P(None, "fsdp", "model")
@@ -136,7 +132,7 @@ class TestSharded:
         with pytest.raises(
             ValueError, match=r"embeddings.embedding \(97, 64\): 97 is not a multiple of model=4"
         ):
-            pretrained.load_decoder(folder, sharding=functools.partial(state_sharding, mesh=mesh))
+            pretrained.load_decoder(folder, mesh=mesh)
 
     def test_a_mesh_of_other_devices(self):
         with pytest.raises(ValueError, match="data=2, fsdp=2, model=3 needs 12 devices, but there are 8"):
@@ -162,6 +158,12 @@ class TestProblems:
             pretrained.load_decoder(folder)
         with pytest.raises(FileNotFoundError, match="does not exist"):
             pretrained.open_checkpoint(tmp_path / "absent.safetensors")
+
+    def test_a_file_that_is_cut_off(self, tmp_path, llama):
+        folder = write_folder(tmp_path / "llm", *llama)
+        (folder / "model.safetensors").write_bytes(b"version https://git-lfs.github.com/spec/v1\n")
+        with pytest.raises(ValueError, match=r"is not a whole safetensors file(.|\n)*git lfs pull"):
+            pretrained.load_decoder(folder)
 
     def test_all_that_does_not_fit_is_listed(self, tmp_path, llama):
         config, tensors = llama
@@ -189,11 +191,21 @@ class TestProblems:
         assert "encoder.layers.2.attention.q_proj.weight is unexpected" in str(error.value)
         assert "has shape (48, 48), needed is (32, 32)" in str(error.value)
 
-    def test_a_parameter_that_no_rule_sets(self, llama):
+    @pytest.mark.parametrize(
+        ("rules", "problem"),
+        [
+            (pretrained.DECODER.rules[1:], "no tensor sets embeddings.embedding"),
+            (
+                (*pretrained.DECODER.rules, pretrained.DECODER.rules[0]),
+                "embeddings.embedding is set by 2 rules",
+            ),
+        ],
+    )
+    def test_a_table_that_is_not_one_to_one(self, llama, rules, problem):
         config, tensors = llama
-        table = pretrained.Table(pretrained.DECODER.rules[1:])
+        table = pretrained.Table(rules)
         tensors = {name: pretrained.Tensor(array.shape, array.__getitem__) for name, array in tensors.items()}
-        with pytest.raises(ValueError, match=r"no tensor sets embeddings.embedding"):
+        with pytest.raises(ValueError, match=problem):
             pretrained.load(
                 lambda rngs: Decoder(DecoderConfig.from_dict(config), rngs=rngs), table, tensors, name="x"
             )
@@ -212,10 +224,11 @@ class TestPublished:
         )
         assert_same_parameters(loaded, sparqle)
 
-    def test_sizes_are_read_from_the_tensors(self, tiny, stage1):
-        tensors = {k: pretrained.Tensor(v.shape, None) for k, v in stage1.items()}
-        config = pretrained.published_config(tensors, head_size=8)
+    def test_sizes_are_read_from_the_tensors(self, tiny):
         sizes = tiny.config["qformer"]
+        heads = sizes["num_attention_heads"]
+        file = tiny.folder / "stage1_state_dict.safetensors"
+        config = pretrained.qformer_config(file, num_attention_heads=heads)
         assert config.num_queries == sizes["num_query_tokens"]
         assert config.text
         for name in (
@@ -230,10 +243,25 @@ class TestPublished:
             "bos_token_id",
         ):
             assert getattr(config, name) == sizes[name], name
+        with pytest.raises(ValueError, match="how many attention heads its Q-Former of width 32 has"):
+            pretrained.qformer_config(file)
+
+    def test_what_we_save_says_it_all(self, tmp_path, aligner, sparqle):
+        for model in (aligner, sparqle):
+            pretrained.save_published(model, tmp_path / "adapter.safetensors")
+            assert pretrained.qformer_config(tmp_path / "adapter.safetensors") == model.adapter.config
+
+    def test_stage_2_starts_from_a_stage_1_checkpoint(self, tmp_path, aligner, sparqle):
+        file = tmp_path / "stage1.safetensors"
+        pretrained.save_published(aligner, file)
+        started = pretrained.load_sparqle(file, sparqle.encoder, sparqle.llm, rngs=nnx.Rngs(0))
+        assert_same_parameters(started.adapter.layers[0].query_mlp, aligner.adapter.layers[0].query_mlp)
+        assert not started.adapter.config.text
+        assert 0.01 < np.std(started.projection.kernel[...]) < 0.03
 
     def test_other_files(self, tmp_path, tiny, stage1, sparqle):
         save_file({"x": np.zeros(1)}, tmp_path / "other.safetensors")
-        with pytest.raises(ValueError, match="no SparQLe checkpoint: it has no query_tokens"):
+        with pytest.raises(ValueError, match="is no SparQLe checkpoint: it has no query_tokens"):
             pretrained.load_sparqle(tmp_path / "other.safetensors", sparqle.encoder, sparqle.llm)
         with pytest.raises(ValueError, match=r"\(2 problems\)(.|\n)*llama_proj.weight is missing"):
             pretrained.load_sparqle(
@@ -279,7 +307,9 @@ class TestBert:
         return {**config, **{name: size[name] for name in names}}, tensors
 
     def load(self, folder, seed=0, **sizes) -> QFormer:
-        return pretrained.load_bert(folder, rngs=nnx.Rngs(seed), encoder_width=48, num_queries=6, **sizes)
+        return pretrained.qformer_from_bert(
+            folder, rngs=nnx.Rngs(seed), encoder_width=48, num_queries=6, **sizes
+        )
 
     def test_text_half_copied_query_half_started(self, tmp_path, bert, aligner):
         qformer = self.load(write_folder(tmp_path / "bert", *bert))
@@ -335,10 +365,7 @@ def test_peak_host_memory(tmp_path):
         shapes |= {f"{prefix}{n}_layernorm.weight": (width,) for n in ("input", "post_attention")}
     tensors = {name: rng.random(shape, np.float32) for name, shape in shapes.items()}
     folder = write_folder(tmp_path / "llm", config, tensors)
-    environment = os.environ | {"JAX_PLATFORMS": "cpu"}
-    command = [sys.executable, "-m", "tests.memory", str(folder), "float32"]
-    result = subprocess.run(command, capture_output=True, text=True, check=True, env=environment)
-    figures = json.loads(result.stdout)
+    figures = measure(folder, "float32")
     assert figures["largest_tensor"] == 4 * size * width
     assert figures["peak"] > figures["parameters"]  # the measurement sees the parameters
     assert figures["peak"] <= figures["bound"], figures

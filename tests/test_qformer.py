@@ -153,3 +153,5 @@ def test_config_of_bert():
         QFormerConfig.from_bert({"position_embedding_type": "relative_key"})
     with pytest.raises(ValueError, match="width 10 is not a multiple of the number of attention heads 4"):
         QFormer(QFormerConfig(hidden_size=10, num_attention_heads=4), rngs=nnx.Rngs(0))
+    with pytest.raises(ValueError, match="cross_attention_freq=0 must be at least 1"):
+        QFormerConfig(cross_attention_freq=0)

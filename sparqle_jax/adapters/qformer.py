@@ -16,7 +16,7 @@ from jax.typing import DTypeLike
 
 from sparqle_jax import layers
 
-KeysValues = tuple[jax.Array, jax.Array]  # keys and values of one layer, each [B, S, N, H]
+KeysValues = tuple[jax.Array, jax.Array]  # keys and values of one layer, each [B, C, N, H]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -42,9 +42,17 @@ class QFormerConfig:
     max_position_embeddings: int = 512
     bos_token_id: int = 30522  # [DEC], which begins a text to generate
 
+    def __post_init__(self):
+        for name in ("num_queries", "cross_attention_freq", "num_hidden_layers"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name}={getattr(self, name)} must be at least 1.")
+
     @classmethod
     def from_bert(cls, config: dict[str, Any], **sizes) -> "QFormerConfig":
-        """Reads a BERT `config.json`; `sizes` sets the rest. The vocabulary grows by one, for [DEC]."""
+        """Reads a BERT `config.json`; `sizes` sets the rest. The vocabulary grows by one, for [DEC].
+
+        Raises ValueError for a BERT whose positions are not absolute embeddings.
+        """
         if config.get("position_embedding_type", "absolute") != "absolute":
             raise ValueError(
                 f"position_embedding_type={config['position_embedding_type']!r} is not supported; "
@@ -139,7 +147,7 @@ class QFormerLayer(nnx.Module):
     ) -> tuple[jax.Array, KeysValues]:
         """x [B, num_queries + L, A] -> the same, and the layer's own keys and values.
 
-        `cached` keys and values stand before the layer's own; mask bool [B|1, 1, T|1, S] over both.
+        `cached` keys and values stand before the layer's own; mask bool [B|1, 1, T|1, C] over both.
         """
         keys = [None] * 4 if key is None else jax.random.split(key, 4)
         keys_values = self.self_attention.attention.keys_values(x)
@@ -177,7 +185,7 @@ class QFormer(nnx.Module):
         kwargs = dict(dtype=dtype, param_dtype=param_dtype, rngs=rngs)
         norm = dict(param_dtype=param_dtype, rngs=rngs)
         width, eps = config.hidden_size, config.layer_norm_eps
-        self.config = config
+        self.config, self.dtype = config, dtype
         self.frames_norm = layers.LayerNorm(config.encoder_width, 1e-5, **norm)
         queries = nnx.initializers.normal(0.02)(rngs.params(), (1, config.num_queries, width), param_dtype)
         self.query_tokens = nnx.Param(queries, axes=(None, None, "embed"))
@@ -186,11 +194,13 @@ class QFormer(nnx.Module):
         if config.text:
             # Embeddings are looked up in float32: the residual stream starts here.
             table = dict(dtype=jnp.float32, param_dtype=param_dtype, rngs=rngs)
-            self.word_embeddings = layers.embedding(config.vocab_size, width, **table)
-            self.position_embeddings = layers.embedding(config.max_position_embeddings, width, **table)
+            # Not split by vocabulary: 30,523 divides by no mesh.
+            axes = (None, "embed")
+            self.word_embeddings = layers.Embedding(config.vocab_size, width, axes, **table)
+            self.position_embeddings = layers.Embedding(config.max_position_embeddings, width, axes, **table)
             self.lm_transform = layers.linear(width, width, ("embed", None), **kwargs)
             self.lm_norm = layers.LayerNorm(width, eps, **norm)
-            self.lm_bias = nnx.Param(jnp.zeros(config.vocab_size, param_dtype), axes=("vocab",))
+            self.lm_bias = nnx.Param(jnp.zeros(config.vocab_size, param_dtype), axes=(None,))
 
     def __call__(
         self, frames: jax.Array, frames_mask: jax.Array | None = None, key: jax.Array | None = None
@@ -221,7 +231,7 @@ class QFormer(nnx.Module):
         text 2   x  x  .
         """
         embed_key, layers_key = _split(key)
-        x = self._start(self._embed_text(ids), embed_key)
+        x = self._start(self._embed_text(ids, mask), embed_key)
         return self._run(x, 0, mask[:, None, None, :], None, None, None, layers_key)[0]
 
     def encode_pairs(
@@ -243,7 +253,7 @@ class QFormer(nnx.Module):
         num_queries = self.config.num_queries
         queries = self._expanded_queries(frames.shape[0])
         embed_key, layers_key = _split(key)
-        x = self._start(jnp.concatenate([queries, self._embed_text(ids)], 1), embed_key)
+        x = self._start(jnp.concatenate([queries, self._embed_text(ids, mask)], 1), embed_key)
         mask = jnp.pad(mask.astype(bool), ((0, 0), (num_queries, 0)), constant_values=True)
         x, _ = self._run(x, num_queries, mask[:, None, None, :], frames, frames_mask, None, layers_key)
         return x[:, :num_queries]
@@ -262,7 +272,7 @@ class QFormer(nnx.Module):
         causal = jnp.tril(jnp.ones((length, length), bool)) & mask.astype(bool)[:, None, :]
         causal = jnp.pad(causal, ((0, 0), (0, 0), (self.config.num_queries, 0)), constant_values=True)
         embed_key, layers_key = _split(key)
-        x = self._start(self._embed_text(ids), embed_key)
+        x = self._start(self._embed_text(ids, mask), embed_key)
         return self._run(x, 0, causal[:, None], None, None, cache, layers_key)[0]
 
     def lm_logits(self, hidden: jax.Array) -> jax.Array:
@@ -279,7 +289,7 @@ class QFormer(nnx.Module):
         queries = self.query_tokens[...].astype(jnp.float32)
         return jnp.broadcast_to(queries, (batch, *queries.shape[1:]))
 
-    def _embed_text(self, ids: jax.Array) -> jax.Array:
+    def _embed_text(self, ids: jax.Array, mask: jax.Array) -> jax.Array:
         if not self.config.text:
             raise ValueError("this Q-Former has no text half: build it with QFormerConfig(text=True).")
         if ids.shape[1] > self.config.max_position_embeddings:
@@ -287,7 +297,8 @@ class QFormer(nnx.Module):
                 f"texts are padded to {ids.shape[1]} tokens but the Q-Former has "
                 f"{self.config.max_position_embeddings} position embeddings: shorten the text bucket."
             )
-        return self.word_embeddings(ids) + self.position_embeddings(jnp.arange(ids.shape[1]))
+        text = self.word_embeddings(ids) + self.position_embeddings(jnp.arange(ids.shape[1]))
+        return jnp.where(mask[..., None], text, 0)  # a NaN in padding would come through attention's zeros
 
     def _start(self, x: jax.Array, key: jax.Array | None) -> jax.Array:
         return layers.dropout(self.embeddings_norm(x), self.config.hidden_dropout_prob, key)

@@ -15,6 +15,7 @@ from flax import nnx
 from jax.typing import DTypeLike
 
 from sparqle_jax import layers
+from sparqle_jax.compat import check_compat
 
 Compat = Literal["transformers", "published"] | None
 
@@ -59,9 +60,12 @@ class HubertConfig:
         values = {name: config[name] for name in names if name in config}
         return cls(**{k: tuple(v) if isinstance(v, list) else v for k, v in values.items()})
 
-    def num_frames(self, num_samples):
-        """Frames from `num_samples` samples (an int or an array): 20 ms each, edges not padded."""
-        for kernel, stride in zip(self.conv_kernel, self.conv_stride, strict=True):
+    def num_frames(self, num_samples, layers: int | None = None):
+        """Frames from `num_samples` samples (int or array) after all convolutions, or the first `layers`.
+
+        After all, a frame is 20 ms. Edges are not padded: 399 samples give no frame.
+        """
+        for kernel, stride in list(zip(self.conv_kernel, self.conv_stride, strict=True))[:layers]:
             num_samples = (num_samples - kernel) // stride + 1
         return num_samples
 
@@ -273,6 +277,7 @@ class Hubert(nnx.Module):
         self, waveform: jax.Array, mask: jax.Array | None, compat: Compat
     ) -> tuple[jax.Array, jax.Array, jax.Array | None]:
         """Before the layers: convolutions, projection, positions. Returns x, frames mask, keys mask."""
+        check_compat(compat, "transformers")
         if waveform.shape[1] < self.config.min_samples:
             raise ValueError(
                 f"a waveform of {waveform.shape[1]} samples gives no frame; "
@@ -284,8 +289,8 @@ class Hubert(nnx.Module):
         keys_mask = None if mask is None else frames_mask[:, None, None, :]
         first_mask = None
         if mask is not None and compat is None:
-            num_first = (mask.sum(1) - self.config.conv_kernel[0]) // self.config.conv_stride[0] + 1
-            length = (waveform.shape[1] - self.config.conv_kernel[0]) // self.config.conv_stride[0] + 1
+            num_first = self.config.num_frames(mask.sum(1), layers=1)
+            length = self.config.num_frames(waveform.shape[1], layers=1)
             # At least one, so that an empty example divides by no zero.
             first_mask = jnp.arange(length) < jnp.maximum(num_first, 1)[:, None]
 

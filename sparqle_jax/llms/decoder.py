@@ -20,6 +20,15 @@ from sparqle_jax import layers
 
 ROPE_TYPES = ("default", "linear", "llama3")
 
+# The supported model types, and what their configurations default to where it is not Llama's default.
+_QWEN = dict(vocab_size=151936, intermediate_size=22016, max_position_embeddings=32768)
+FAMILIES: dict[str, dict[str, int]] = {
+    "llama": dict(),
+    "mistral": dict(intermediate_size=14336, num_key_value_heads=8, max_position_embeddings=131072),
+    "qwen2": _QWEN,
+    "qwen3": dict(**_QWEN, head_dim=128),
+}
+
 
 @dataclasses.dataclass(frozen=True)
 class RopeScaling:
@@ -71,23 +80,19 @@ class DecoderConfig:
 
     @classmethod
     def from_dict(cls, config: dict[str, Any]) -> "DecoderConfig":
-        """Reads the `config.json` of a supported family, as transformers 4 or 5 wrote it."""
-        family = config["model_type"]
-        # What the families' configurations default to, where they differ from Llama's above.
-        defaults = {
-            "llama": dict(),
-            "mistral": dict(intermediate_size=14336, num_key_value_heads=8, max_position_embeddings=131072),
-            "qwen2": dict(vocab_size=151936, intermediate_size=22016, max_position_embeddings=32768),
-            "qwen3": dict(
-                vocab_size=151936, intermediate_size=22016, max_position_embeddings=32768, head_dim=128
-            ),
-        }[family]
+        """Reads the `config.json` of a family in FAMILIES, as transformers 4 or 5 wrote it.
+
+        Raises ValueError for another model_type, and for a kind of rope scaling that is not in ROPE_TYPES.
+        """
+        family = config.get("model_type")
+        if family not in FAMILIES:
+            raise ValueError(f"model_type={family!r} is not supported; supported: {list(FAMILIES)}.")
+        defaults = FAMILIES[family]
         names = [field.name for field in dataclasses.fields(cls)]
         given = {k: v for k, v in config.items() if k in names and v is not None and k != "rope_scaling"}
         values = {**defaults, **given}
         heads = values.get("num_attention_heads", cls.num_attention_heads)
-        # In all four families, no number of key/value heads means as many as there are heads, except
-        # where the class has a default of its own.
+        # null means as many key/value heads as heads; so does leaving it out, in a Llama alone.
         if "num_key_value_heads" in config or family == "llama":
             values["num_key_value_heads"] = config.get("num_key_value_heads") or heads
         if "head_dim" not in values:
@@ -96,7 +101,7 @@ class DecoderConfig:
         values["rope_theta"] = theta
         bias = bool(config.get("attention_bias", False)) and family != "mistral"
         values["qkv_bias"] = bias or family == "qwen2"
-        values["out_bias"] = bias
+        values["out_bias"] = bias and family != "qwen2"
         values["mlp_bias"] = bool(config.get("mlp_bias", False)) and family == "llama"
         values["qk_norm"] = family == "qwen3"
         values["sliding_windows"] = _read_windows(
@@ -116,6 +121,8 @@ def _read_rope(config: dict[str, Any], max_positions: int) -> tuple[float, RopeS
         return theta, None
     names = [field.name for field in dataclasses.fields(RopeScaling) if field.name != "type"]
     values = {name: rope[name] for name in names if rope.get(name) is not None}
+    if "factor" not in values:
+        raise ValueError(f"rope type {kind!r} needs a factor, but config.json gives {rope}.")
     values.setdefault("original_max_position_embeddings", max_positions)
     return theta, RopeScaling(kind, **values)
 
@@ -166,9 +173,9 @@ def rotate(x: jax.Array, cos: jax.Array, sin: jax.Array) -> jax.Array:
 )
 @dataclasses.dataclass
 class KVCache:
-    """Keys and values of the tokens so far, in arrays of fixed size S; grows by writing at `length`.
+    """Keys and values of the tokens so far, in arrays of fixed size C; grows by writing at `length`.
 
-    keys, values [layers, B, S, K, H]; mask bool [B, S]: real tokens; length int32 []: places filled.
+    keys, values [layers, B, C, K, H]; mask bool [B, C]: real tokens; length int32 []: places filled.
     """
 
     keys: jax.Array
@@ -217,7 +224,7 @@ class DecoderLayer(nnx.Module):
     def attend(
         self, x: jax.Array, query: jax.Array, key: jax.Array, value: jax.Array, mask: jax.Array
     ) -> jax.Array:
-        """Attention and feed-forward with residuals: x [B, L, M], mask bool [B, 1, L, S] -> [B, L, M]."""
+        """Attention and feed-forward with residuals: x [B, L, M], mask bool [B, 1, L, C] -> [B, L, M]."""
         out = layers.attention(query, key, value, mask)
         x = x + self.out(out.reshape(*x.shape[:2], -1))
         normed = self.mlp_norm(x)
@@ -243,7 +250,8 @@ class Decoder(nnx.Module):
         layers.check_remat(remat)
         kwargs = dict(dtype=dtype, param_dtype=param_dtype, rngs=rngs)
         self.config, self.dtype, self.remat = config, dtype, remat
-        self.embeddings = layers.embedding(config.vocab_size, config.hidden_size, **kwargs)
+        axes = ("vocab", "embed")
+        self.embeddings = layers.Embedding(config.vocab_size, config.hidden_size, axes, **kwargs)
         self.layers = layers.stack(
             lambda rngs: DecoderLayer(config, dtype=dtype, param_dtype=param_dtype, rngs=rngs),
             config.num_hidden_layers,
@@ -262,8 +270,7 @@ class Decoder(nnx.Module):
 
     def embed(self, ids: jax.Array) -> jax.Array:
         """ids int [B, L] -> [B, L, M]. An id outside the vocabulary gives NaN, never another's row."""
-        valid = (ids >= 0) & (ids < self.config.vocab_size)
-        return jnp.where(valid[..., None], self.embeddings(jnp.where(valid, ids, 0)), jnp.nan)
+        return self.embeddings(ids)
 
     def logits(self, hidden: jax.Array) -> jax.Array:
         """Hidden states [..., M] -> float32 [..., V]."""
@@ -289,26 +296,33 @@ class Decoder(nnx.Module):
 
         Hidden states are after the final norm. Padding may stand anywhere: it is not seen, and positions
         count real tokens alone. With a cache the inputs come after what it holds; the cache returned
-        holds them too. The caller sees to it that they fit: `length` + L <= S.
+        holds them too. The caller sees to it that they fit: `length` + L <= C.
+        Raises ValueError for more places than the model has positions.
         """
         x = self.embed(inputs) if jnp.issubdtype(inputs.dtype, jnp.integer) else inputs
         x = x.astype(self.dtype)
         batch, length = x.shape[:2]
         mask = jnp.ones((batch, length), bool) if mask is None else mask.astype(bool)
+        x = jnp.where(mask[..., None], x, 0)  # a NaN in padding would come through attention's zeros
         if cache is None:
             start, keys_mask = 0, mask
         else:
             start = cache.length
             keys_mask = jax.lax.dynamic_update_slice(cache.mask, mask, (0, start))
-        positions = jnp.maximum(jnp.cumsum(keys_mask, 1) - 1, 0)  # [B, S]
+        if keys_mask.shape[1] > self.config.max_position_embeddings:
+            raise ValueError(
+                f"{keys_mask.shape[1]} places for tokens are more than the LLM's max_position_embeddings="
+                f"{self.config.max_position_embeddings}: shorten prompt, answer or max_new_tokens."
+            )
+        positions = jnp.maximum(jnp.cumsum(keys_mask, 1) - 1, 0)  # [B, C]
         query_positions = jax.lax.dynamic_slice_in_dim(positions, start, length, 1)  # [B, L]
         # Angles in float32: bfloat16 makes 257 into 256.
         angles = query_positions[..., None].astype(jnp.float32) * rope_frequencies(self.config)
         cos, sin = jnp.cos(angles), jnp.sin(angles)
 
         index = jnp.arange(keys_mask.shape[1])
-        causal = index[None, :] <= (start + jnp.arange(length))[:, None]  # [L, S]
-        visible = causal[None] & keys_mask[:, None, :]  # [B, L, S]
+        causal = index[None, :] <= (start + jnp.arange(length))[:, None]  # [L, C]
+        visible = causal[None] & keys_mask[:, None, :]  # [B, L, C]
         distance = query_positions[:, :, None] - positions[:, None, :]
 
         def step(layer, carry, xs):

@@ -4,9 +4,7 @@ A HuBERT-large with random weights against PyTorch on 10 s of audio, and the hos
 Llama of 1.24 billion parameters takes. Prints the figures; exits with 1 when one is out of bounds.
 """
 
-import json
 import os
-import subprocess
 import sys
 import tempfile
 import time
@@ -15,6 +13,8 @@ from pathlib import Path
 import numpy as np
 import torch
 from transformers import HubertConfig, HubertModel, LlamaConfig, LlamaForCausalLM
+
+from tests.memory import measure
 
 HUBERT_LARGE = dict(  # facebook/hubert-large-ll60k
     hidden_size=1024,
@@ -83,13 +83,7 @@ def llama_1b(folder: Path) -> bool:
     within = True
     for dtype in ("bfloat16", "float32"):
         start = time.perf_counter()
-        result = subprocess.run(
-            [sys.executable, "-m", "tests.memory", str(folder), dtype],
-            stdout=subprocess.PIPE,
-            text=True,
-            check=True,
-        )
-        figures = {name: value / 2**20 for name, value in json.loads(result.stdout).items()}
+        figures = {name: value / 2**20 for name, value in measure(folder, dtype).items()}
         print(
             f"Llama, {count / 1e9:.2f}B parameters in {dtype}: peak {figures['peak']:.0f} MiB; bound "
             f"{figures['bound']:.0f} MiB = {figures['parameters']:.0f} that stay + 2 x "

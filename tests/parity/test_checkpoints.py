@@ -1,17 +1,20 @@
 """PyTorch files: the published checkpoint's wrapper, and what must not run."""
 
 import argparse
+import json
 import os
 
 import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
+from transformers import LlamaConfig, LlamaForCausalLM
 
 from sparqle_jax import pretrained
 from sparqle_jax.encoders.hubert import HubertConfig
 from sparqle_jax.llms.decoder import DecoderConfig
-from tests.test_pretrained import assert_same_parameters
+from tests.conftest import assert_same_parameters
+from tests.memory import measure
 
 
 @pytest.fixture
@@ -27,6 +30,7 @@ def test_fairseqs_wrapper_with_towers(tmp_path, tiny, state, sparqle):
         cfg={"model": argparse.Namespace(num_query_token=6)},
         model={names[name]: tensor for name, tensor in state.items()},
         optimizer_history=[{"num_updates": 3}],
+        extra_state={"best": np.float64(1.5), "loss": np.float32(2.0)},
     )
     torch.save(checkpoint, tmp_path / "SparQLe_best.pt")
     loaded = pretrained.load_sparqle(
@@ -64,6 +68,31 @@ def test_code_in_a_checkpoint_is_not_run(tmp_path):
     with pytest.raises(ValueError, match="running code from a checkpoint is refused"):
         pretrained.open_checkpoint(tmp_path / "bad.pt")
     assert not (tmp_path / "ran").exists()
+
+
+def test_files_of_old_torch_and_of_parameters(tmp_path):
+    state = {"x": torch.nn.Parameter(torch.arange(6.0).reshape(2, 3))}
+    torch.save(state, tmp_path / "x.bin", _use_new_zipfile_serialization=False)
+    tensor = pretrained.open_checkpoint(tmp_path / "x.bin")["x"]
+    np.testing.assert_array_equal(tensor.read((slice(0, 2), slice(1, 2))), [[1], [4]])
+
+
+def test_not_a_dictionary(tmp_path):
+    torch.save([torch.zeros(2)], tmp_path / "x.pt")
+    with pytest.raises(ValueError, match="holds a list, not a dictionary of tensors"):
+        pretrained.open_checkpoint(tmp_path / "x.pt")
+
+
+def test_peak_host_memory(tmp_path):
+    """The bound holds for .bin files too: 268 MB, of which the largest tensor is half."""
+    config = dict(model_type="llama", vocab_size=64_000, hidden_size=512, intermediate_size=512)
+    config |= dict(num_hidden_layers=1, num_attention_heads=8, num_key_value_heads=8)
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    model = LlamaForCausalLM(LlamaConfig(**config))
+    torch.save(model.state_dict(), tmp_path / "pytorch_model.bin")
+    figures = measure(tmp_path, "float32")
+    assert figures["peak"] > figures["parameters"]
+    assert figures["peak"] <= figures["bound"], figures
 
 
 def test_not_a_checkpoint(tmp_path):

@@ -1,17 +1,14 @@
 """Greedy and beam search against transformers' `generate`, on random settings."""
 
-import jax
 import numpy as np
 import pytest
 import torch
-from flax import nnx
 from safetensors.torch import load_file
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from sparqle_jax.generate import Decoding, generate
-from tests.conftest import call
-from tests.test_model import stage2_batch
-from tests.test_pretrained import part_of
+from sparqle_jax.generate import GenerationConfig, generate
+from tests.batches import stage2_batch
+from tests.conftest import call, part_of
 
 
 @pytest.fixture(scope="module")
@@ -36,9 +33,8 @@ def test_random_settings(sparqle, llama, seed):
     )
     # Among these random logits an end token is seldom; one in three of the vocabulary is not.
     ends = rng.choice(97, int(rng.choice([1, 2, 30])), replace=False).tolist()
-    decoding = Decoding(**settings, end_ids=tuple(ends), pad_id=ends[0])
-    graph, state = nnx.split(sparqle)
-    ours = jax.jit(lambda state, batch: generate(nnx.merge(graph, state), batch, decoding))(state, batch)
+    config = GenerationConfig(**settings, eos_token_ids=tuple(ends), pad_token_id=ends[0])
+    ours = np.asarray(generate(sparqle, batch, config))
 
     prompt, mask = call(sparqle.embed_prompt, batch)
     for row, real in enumerate(np.asarray(mask)):

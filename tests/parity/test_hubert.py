@@ -52,6 +52,7 @@ def test_without_padding(models, waveform):
     frames, _ = call(ours.__call__, waveform)
     np.testing.assert_allclose(frames, expected.last_hidden_state, atol=1e-4)
     states = call(ours.hidden_states, waveform)
+    np.testing.assert_allclose(states[-1], expected.last_hidden_state, atol=1e-4)
     for layer in range(ours.config.num_hidden_layers):
         np.testing.assert_allclose(states[layer], expected.hidden_states[layer], atol=1e-4)
 

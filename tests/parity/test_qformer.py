@@ -36,7 +36,7 @@ def bert(request):
 def qformer(bert, tmp_path_factory):
     folder = tmp_path_factory.mktemp("bert")
     bert.save_pretrained(folder)
-    return pretrained.load_bert(folder, rngs=nnx.Rngs(0), encoder_width=24, num_queries=5)
+    return pretrained.qformer_from_bert(folder, rngs=nnx.Rngs(0), encoder_width=24, num_queries=5)
 
 
 class TestBert:
