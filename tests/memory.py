@@ -32,12 +32,13 @@ def status(name: str) -> int:
 
 def main(folder: str, dtype: str) -> None:
     jnp.zeros(8).block_until_ready()
+    tensors = pretrained.open_checkpoint(folder)  # imports torch, if it is for torch to read
     Path("/proc/self/clear_refs").write_text("5")  # the peak so far is forgotten
     before = status("VmRSS")
     model = pretrained.load_decoder(folder, dtype=jnp.dtype(dtype))
     leaves = jax.block_until_ready(jax.tree.leaves(nnx.state(model)))
     itemsize = jnp.dtype(dtype).itemsize
-    shapes = [tensor.shape for tensor in pretrained.open_checkpoint(folder).values()]
+    shapes = [tensor.shape for tensor in tensors.values()]
     figures = dict(
         parameters=sum(leaf.nbytes for leaf in leaves),
         largest_tensor=itemsize * max(jnp.prod(jnp.array(shape)).item() for shape in shapes),
