@@ -303,6 +303,9 @@ def _open_torch(file: Path) -> dict[str, Tensor]:
                 return checkpoint[key]
         return checkpoint
 
+    if not zipfile.is_zipfile(file):  # from before torch 1.6: can't be mapped, so it is read once, as a whole
+        state_dict = functools.cache(state_dict)
+
     def read(name: str, index: tuple[slice, ...]) -> np.ndarray:
         import torch
 
@@ -333,7 +336,6 @@ def _load_torch(file: Path) -> Mapping[str, Any]:
     harmless += [type(np.dtype(name)) for name in ("float32", "float64", "int32", "int64", "bool")]
     try:
         with torch.serialization.safe_globals(harmless):
-            # Only files of torch 1.6 or later can be mapped.
             mmap = zipfile.is_zipfile(file)
             checkpoint = torch.load(file, map_location="cpu", weights_only=True, mmap=mmap)
     except Exception as error:
