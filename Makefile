@@ -4,9 +4,12 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 export JAX_COMPILATION_CACHE_DIR ?= $(CURDIR)/.cache/jax
 
-.PHONY: setup test parity lint format fullsize clean
+.PHONY: help setup test parity fullsize lint format clean
 
-setup: $(VENV)/.ready
+help:  ## this list
+	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/' | expand -t 12
+
+setup: $(VENV)/.ready  ## the environment alone
 
 $(VENV)/.ready: requirements.txt pyproject.toml
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "sparqle_jax needs Python 3.11 or newer: make PYTHON=python3.12 ...")'
@@ -27,13 +30,13 @@ parity: $(VENV)/.ready-parity  ## the same numbers as PyTorch
 fullsize: $(VENV)/.ready-parity  ## full-size towers: HuBERT-large against PyTorch, memory of a 1B LLM
 	$(BIN)/python -m tests.parity.fullsize
 
-lint: $(VENV)/.ready
+lint: $(VENV)/.ready  ## ruff: lint and format
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 
-format: $(VENV)/.ready
+format: $(VENV)/.ready  ## mend what lint finds
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-clean:
+clean:  ## remove environments and caches
 	rm -rf $(VENV) .venv-* .cache .pytest_cache .ruff_cache .hypothesis *.egg-info
