@@ -1,4 +1,4 @@
-"""Waveforms: normalised as the encoder was trained on, checked, and padded to batches. NumPy only."""
+"""Waveforms: read, normalised as the encoder was trained on, checked, padded to batches. NumPy only."""
 
 import dataclasses
 import json
@@ -6,10 +6,30 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
+import soundfile
+import soxr
 
 from sparqle_jax.compat import Compat, check_compat
 
 SAMPLE_RATE = 16_000
+
+
+def read(file: str | Path) -> np.ndarray:
+    """A recording of any rate and any number of channels -> mono float32 [S] at 16 kHz, from -1 to 1.
+
+    wav, flac, mp3, ogg and opus are read. Channels are averaged. Raises FileNotFoundError, and ValueError for
+    what is no recording.
+    """
+    if not Path(file).is_file():
+        raise FileNotFoundError(f"{file} does not exist.")
+    try:
+        channels, rate = soundfile.read(file, dtype="float32", always_2d=True)  # [S, channels]
+    except soundfile.LibsndfileError as error:
+        raise ValueError(
+            f"{file} can't be read as a recording ({error.error_string}): give wav, flac, mp3, ogg or opus."
+        ) from error
+    waveform = channels.mean(1)
+    return waveform if rate == SAMPLE_RATE else soxr.resample(waveform, rate, SAMPLE_RATE)
 
 
 @dataclasses.dataclass(frozen=True)

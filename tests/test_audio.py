@@ -2,6 +2,7 @@ import json
 
 import numpy as np
 import pytest
+import soundfile
 
 from sparqle_jax import audio
 
@@ -9,6 +10,50 @@ from sparqle_jax import audio
 @pytest.fixture
 def waveform():
     return np.random.default_rng(0).normal(3.0, 5.0, 1000).astype(np.float32)
+
+
+class TestRead:
+    tone = np.sin(2 * np.pi * 440 * np.arange(16_000) / 16_000)
+
+    @pytest.mark.parametrize(
+        ("ending", "rate", "subtype"),
+        [
+            ("wav", 44_100, "PCM_16"),
+            ("wav", 8_000, "FLOAT"),
+            ("flac", 48_000, "PCM_24"),
+            ("ogg", 16_000, "VORBIS"),
+            ("opus", 48_000, "OPUS"),
+            ("mp3", 22_050, None),
+        ],
+    )
+    def test_any_format_rate_and_number_of_channels(self, tmp_path, ending, rate, subtype):
+        """A tone of one second, twice as loud on the left as on the right, comes back as their mean."""
+        file = tmp_path / f"tone.{ending}"
+        tone = 0.5 * np.sin(2 * np.pi * 440 * np.arange(rate) / rate)
+        format = "ogg" if ending == "opus" else None
+        soundfile.write(file, np.stack([tone, tone / 2], 1), rate, subtype=subtype, format=format)
+        waveform = audio.read(file)
+        assert waveform.dtype == np.float32
+        assert abs(len(waveform) - 16_000) <= 2_000  # mp3 pads its frames
+        middle = waveform[4_000:12_000]
+        spectrum = np.abs(np.fft.rfft(middle * np.hanning(8_000)))
+        assert abs(spectrum.argmax() * 2 - 440) <= 2  # 2 Hz per bin
+        np.testing.assert_allclose(np.abs(middle).max(), 0.375, atol=0.02)
+
+    def test_as_it_is(self, tmp_path):
+        soundfile.write(tmp_path / "tone.wav", self.tone, 16_000, subtype="FLOAT")
+        np.testing.assert_allclose(audio.read(tmp_path / "tone.wav"), self.tone, atol=1e-6)
+
+    def test_no_samples(self, tmp_path):
+        soundfile.write(tmp_path / "empty.wav", np.zeros((0, 2)), 44_100)
+        assert audio.read(tmp_path / "empty.wav").shape == (0,)
+
+    def test_no_recording(self, tmp_path):
+        (tmp_path / "text.wav").write_text("hello")
+        with pytest.raises(ValueError, match=r"text.wav can't be read as a recording .*: give wav, flac"):
+            audio.read(tmp_path / "text.wav")
+        with pytest.raises(FileNotFoundError, match=r"absent.wav does not exist"):
+            audio.read(tmp_path / "absent.wav")
 
 
 def test_normalised_as_the_folder_says(tmp_path, waveform):

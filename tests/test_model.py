@@ -1,4 +1,5 @@
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
@@ -124,6 +125,22 @@ def test_stage_2_starts_from_stage_1(aligner, sparqle):
     assert not started.adapter.config.text
     names = {path[1] for path, _ in nnx.to_flat_state(partition(started)[1]) if path[0] == "adapter"}
     assert names == {"frames_norm", "query_tokens", "embeddings_norm", "layers"}
+
+
+def test_bfloat16_towers(tiny, sparqle):
+    """Frozen weights and products in bfloat16: what trains, its gradients and the loss stay float32."""
+    rounded, batch = tiny.sparqle(dtype=jnp.bfloat16), stage2_batch(np.random.default_rng(0))
+    graph, trained, frozen = partition(rounded)
+    assert {leaf.dtype for leaf in jax.tree.leaves(trained)} == {jnp.dtype(jnp.float32)}
+    assert {leaf.dtype for leaf in jax.tree.leaves(frozen)} == {jnp.dtype(jnp.bfloat16)}
+
+    @jax.jit
+    def loss(trained):
+        return nnx.merge(graph, trained, frozen).loss(batch, KEY, train=False)[0]
+
+    value, gradients = jax.value_and_grad(loss)(trained)
+    assert {leaf.dtype for leaf in jax.tree.leaves(gradients)} == {jnp.dtype(jnp.float32)}
+    np.testing.assert_allclose(value, call(sparqle.loss, batch, KEY, train=False)[0], rtol=1e-2)
 
 
 class TestPartition:

@@ -7,6 +7,7 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
+import soundfile
 from safetensors.numpy import load_file, save_file
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
@@ -42,6 +43,9 @@ def folders(tmp_path, tiny, monkeypatch) -> Path:
     words = Tokenizer(models.WordLevel({"[UNK]": 0, "one": 1, "two": 2}, unk_token="[UNK]"))
     words.pre_tokenizer = pre_tokenizers.Whitespace()
     PreTrainedTokenizerFast(tokenizer_object=words).save_pretrained(tmp_path / "bert-base-uncased")
+    for seed, name in enumerate(("speech", "one", "two")):
+        noise = np.random.default_rng(seed).normal(size=16_000).clip(-3, 3) / 4
+        soundfile.write(tmp_path / f"{name}.flac", noise, 16_000)
     monkeypatch.chdir(tmp_path)
     return tmp_path
 
