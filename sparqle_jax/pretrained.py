@@ -458,7 +458,9 @@ def load(
         if entry.layer == 0:
             values[entry.path] = jax.jit(jnp.zeros, static_argnums=(0, 1), out_shardings=where)(shape, dtype)
         one = _read(tensors[source], entry.axes, shape[1:], dtype, _without_first(where))
-        values[entry.path] = _put_layer(values[entry.path], one, entry.layer, where)
+        stacked = _put_layer(values[entry.path], one, entry.layer, where)
+        # Reading would run ahead of writing, and hold many tensors at once.
+        values[entry.path] = jax.block_until_ready(stacked)
     state = nnx.from_flat_state([(path, v.replace(values[path])) for path, v in variables.items()])
     return nnx.merge(graphdef, state)
 
