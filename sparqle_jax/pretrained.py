@@ -72,15 +72,10 @@ class Table:
     ignored: tuple[str, ...] = ()
     copies: Mapping[str, str] = dataclasses.field(default_factory=dict)
 
-    def within(self, target: str, source: str) -> "Table":
-        """The same table for a tower that is a part of a larger model and of a larger checkpoint."""
-        rules = tuple(
-            Rule(target + r.target, source + r.source, r.axes, tuple(source + s for s in r.others))
-            for r in self.rules
-        )
-        ignored = tuple(re.escape(source) + pattern for pattern in self.ignored)
-        copies = {source + copy: source + original for copy, original in self.copies.items()}
-        return Table(rules, ignored, copies)
+    def within(self, part: str) -> "Table":
+        """The same table for a module that is this `part` ("adapter.") of a larger one."""
+        rules = tuple(dataclasses.replace(rule, target=part + rule.target) for rule in self.rules)
+        return dataclasses.replace(self, rules=rules)
 
     def __add__(self, other: "Table") -> "Table":
         return Table(self.rules + other.rules, self.ignored + other.ignored, {**self.copies, **other.copies})
@@ -202,7 +197,7 @@ QFORMER = Table(
     copies=_QFORMER.copies,
 )
 # What the published checkpoint calls the trained parts of the two models.
-ALIGNER = QFORMER.within("adapter.", "") + Table(
+ALIGNER = QFORMER.within("adapter.") + Table(
     (
         *_linear("heads.speech_projection", "speech_proj"),
         *_linear("heads.text_projection", "text_proj"),
@@ -210,7 +205,7 @@ ALIGNER = QFORMER.within("adapter.", "") + Table(
         Rule("heads.temperature", "temp"),
     )
 )
-SPARQLE = QFORMER.within("adapter.", "") + Table(
+SPARQLE = QFORMER.within("adapter.") + Table(
     (
         Rule("projection.kernel", "llama_proj.weight", (1, 0), others=("llm_proj.weight",)),
         Rule("projection.bias", "llama_proj.bias", others=("llm_proj.bias",)),
@@ -280,19 +275,22 @@ def _weight_files(folder: Path) -> list[Path]:
 def _open_safetensors(file: Path) -> dict[str, Tensor]:
     def read(name: str, index: tuple[slice, ...]) -> np.ndarray:
         # Opened anew each time: the pages of a file that stays mapped would count as this program's memory.
-        with safe_open(file, "np") as checkpoint:
+        with _safe_open(file) as checkpoint:
             return checkpoint.get_slice(name)[index] if index else checkpoint.get_tensor(name)
 
+    with _safe_open(file) as checkpoint:
+        shapes = {name: tuple(checkpoint.get_slice(name).get_shape()) for name in checkpoint.keys()}  # noqa: SIM118
+    return {name: Tensor(shape, functools.partial(read, name)) for name, shape in shapes.items()}
+
+
+def _safe_open(file: Path) -> safe_open:
     try:
-        checkpoint = safe_open(file, "np")
+        return safe_open(file, "np")
     except SafetensorError as error:
         raise ValueError(
             f"{file} is not a whole safetensors file ({error}): was it cut off, or is it a git-lfs pointer "
             "(then run `git lfs pull`)?"
         ) from error
-    with checkpoint:
-        shapes = {name: tuple(checkpoint.get_slice(name).get_shape()) for name in checkpoint.keys()}  # noqa: SIM118
-    return {name: Tensor(shape, functools.partial(read, name)) for name, shape in shapes.items()}
 
 
 def _open_torch(file: Path) -> dict[str, Tensor]:
@@ -354,7 +352,7 @@ def _read_metadata(file: str | Path) -> dict[str, str]:
     if not file.is_file():
         return {}
     if file.suffix == ".safetensors":
-        with safe_open(file, "np") as checkpoint:
+        with _safe_open(file) as checkpoint:
             return checkpoint.metadata() or {}
     return _load_torch(file).get("metadata", {})
 

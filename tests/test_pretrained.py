@@ -164,6 +164,8 @@ class TestProblems:
         (folder / "model.safetensors").write_bytes(b"version https://git-lfs.github.com/spec/v1\n")
         with pytest.raises(ValueError, match=r"is not a whole safetensors file(.|\n)*git lfs pull"):
             pretrained.load_decoder(folder)
+        with pytest.raises(ValueError, match="is not a whole safetensors file"):
+            pretrained.qformer_config(folder / "model.safetensors")
 
     def test_all_that_does_not_fit_is_listed(self, tmp_path, llama):
         config, tensors = llama
