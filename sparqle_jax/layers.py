@@ -200,6 +200,13 @@ class Attention(nnx.Module):
         """source [B, C, source_width] -> keys and values, each [B, C, N, H]."""
         return self._split_heads(self.key(source)), self._split_heads(self.value(source))
 
+    def weights(self, x: jax.Array, source: jax.Array, mask: jax.Array | None) -> jax.Array:
+        """How much x [B, T, width] looks at each of source [B, C, source_width]: float32 [B, N, T, C]."""
+        query, key = self._split_heads(self.query(x)), self._split_heads(self.key(source))
+        scores = jnp.einsum("BTNH,BCNH->BNTC", query, key, preferred_element_type=jnp.float32)
+        scores *= query.shape[-1] ** -0.5
+        return jax.nn.softmax(scores, where=mask if mask is None else jnp.broadcast_to(mask, scores.shape))
+
     def __call__(
         self,
         x: jax.Array,

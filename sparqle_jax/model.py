@@ -40,6 +40,9 @@ FREEZING: tuple[tuple[str, Literal["trained", "frozen"]], ...] = (
 )
 
 
+STAGE_1_LOSSES = ("stc", "stm", "stg")
+
+
 class AlignmentHeads(nnx.Module):
     """What stage 1 trains besides the adapter: the heads of its losses."""
 
@@ -66,11 +69,22 @@ class Aligner(nnx.Module):
 
     batch: waveform float [B, S], waveform_mask bool [B, S], text int [B, L] (the adapter's tokens,
     from its [CLS] on), text_mask bool [B, L], recording_id int [B] (equal for texts of one recording).
+    losses: which of STAGE_1_LOSSES are trained on, for ablations.
     """
 
-    def __init__(self, encoder: Hubert, adapter: QFormer, heads: AlignmentHeads):
+    def __init__(
+        self,
+        encoder: Hubert,
+        adapter: QFormer,
+        heads: AlignmentHeads,
+        *,
+        losses: Sequence[str] = STAGE_1_LOSSES,
+    ):
         _check_widths(encoder, adapter)
+        if unknown := set(losses) - set(STAGE_1_LOSSES):
+            raise ValueError(f"losses {sorted(unknown)} do not exist; choose among {list(STAGE_1_LOSSES)}.")
         self.encoder, self.adapter, self.heads = encoder, adapter, heads
+        self.losses = tuple(losses)
 
     def matching_logits(
         self,
@@ -105,7 +119,7 @@ class Aligner(nnx.Module):
         train: bool = True,
         negatives: tuple[jax.Array, jax.Array] | None = None,
     ) -> tuple[jax.Array, dict[str, jax.Array]]:
-        """The sum of the three losses, and each by name: stc, stm, stg.
+        """The sum of the losses, and each by name.
 
         negatives: the indices of the hard negatives, in place of drawing them (see `matching_logits`).
         """
@@ -116,25 +130,28 @@ class Aligner(nnx.Module):
         speech_key, text_key, pairs_key, causal_key = keys if train else [None] * 4
 
         queries, cache = self.adapter.encode_queries(frames, frames_mask, speech_key)
-        encoded_text = self.adapter.encode_text(text, text_mask, text_key)
-        similarities = losses.similarity(
-            self.heads.speech_features(queries),
-            self.heads.text_features(encoded_text),
-            self.heads.temperature[...],
-        )
-        stc = losses.contrastive_loss(similarities, ids)
-
-        if negatives is None:
-            negatives = losses.draw_negatives(negatives_key, similarities, ids)
-        logits = self.matching_logits(frames, frames_mask, text, text_mask, negatives, pairs_key)
-        stm = losses.matching_loss(logits, ids)
-
-        decoder_text = text.at[:, 0].set(self.adapter.config.bos_token_id)
-        hidden = self.adapter.encode_text_causally(decoder_text, text_mask, cache, causal_key)
-        stg = losses.token_loss(
-            hidden[:, :-1], text[:, 1:], text_mask[:, 1:], self.adapter.lm_logits, label_smoothing=0.1
-        )
-        return stc + stm + stg, {"stc": stc, "stm": stm, "stg": stg}
+        parts = {}
+        if "stc" in self.losses or "stm" in self.losses:  # hard negatives are drawn by similarity
+            encoded_text = self.adapter.encode_text(text, text_mask, text_key)
+            similarities = losses.similarity(
+                self.heads.speech_features(queries),
+                self.heads.text_features(encoded_text),
+                self.heads.temperature[...],
+            )
+        if "stc" in self.losses:
+            parts["stc"] = losses.contrastive_loss(similarities, ids)
+        if "stm" in self.losses:
+            if negatives is None:
+                negatives = losses.draw_negatives(negatives_key, similarities, ids)
+            logits = self.matching_logits(frames, frames_mask, text, text_mask, negatives, pairs_key)
+            parts["stm"] = losses.matching_loss(logits, ids)
+        if "stg" in self.losses:
+            decoder_text = text.at[:, 0].set(self.adapter.config.bos_token_id)
+            hidden = self.adapter.encode_text_causally(decoder_text, text_mask, cache, causal_key)
+            parts["stg"] = losses.token_loss(
+                hidden[:, :-1], text[:, 1:], text_mask[:, 1:], self.adapter.lm_logits, label_smoothing=0.1
+            )
+        return sum(parts.values()), parts
 
 
 class SparQLe(nnx.Module):
@@ -185,29 +202,46 @@ class SparQLe(nnx.Module):
         return self.projection(self.adapter(jax.lax.stop_gradient(frames), frames_mask, key))
 
     def embed_prompt(self, batch: Batch, key: jax.Array | None = None) -> tuple[jax.Array, jax.Array]:
-        """All that the LLM reads before it answers: embeddings [B, L, M] and their mask bool [B, L]."""
-        speech = self.embed_speech(batch["waveform"], batch.get("waveform_mask"), key)
-        before, after = self.llm.embed(batch["before"]), self.llm.embed(batch["after"])
-        embeddings = jnp.concatenate([before, speech, after], 1)
-        speech_mask = jnp.ones(speech.shape[:2], bool)
-        mask = jnp.concatenate([batch["before_mask"], speech_mask, batch["after_mask"]], 1)
-        return embeddings, mask
+        """All that the LLM reads before it answers: embeddings [B, L, M] and their mask bool [B, L].
+
+        A batch without a waveform has no speech: the LLM then answers to the text of the prompt alone.
+        """
+        if "waveform" in batch:
+            speech = self.embed_speech(batch["waveform"], batch.get("waveform_mask"), key)
+        else:
+            speech = jnp.zeros((len(batch["before"]), 0, self.llm.config.hidden_size), self.llm.dtype)
+        return join_prompt(self.llm, batch, speech, jnp.ones(speech.shape[:2], bool))
 
     def loss(
         self, batch: Batch, key: jax.Array, *, train: bool = True
     ) -> tuple[jax.Array, dict[str, jax.Array]]:
         """Cross-entropy of the answer, averaged over the answer tokens of the batch; and their number."""
         prompt, prompt_mask = self.embed_prompt(batch, key if train else None)
-        answer, answer_mask = batch["answer"], batch["answer_mask"]
-        # The last token of the answer predicts nothing, so the LLM need not read it.
-        embeddings = jnp.concatenate([prompt, self.llm.embed(answer[:, :-1])], 1)
-        mask = jnp.concatenate([prompt_mask, answer_mask[:, :-1]], 1)
-        hidden, _ = self.llm(embeddings, mask)
-        length = prompt.shape[1]
-        first = last_real(hidden[:, :length], prompt_mask)  # which predicts the answer's first token
-        hidden = jnp.concatenate([first[:, None], hidden[:, length:]], 1)
-        loss = losses.token_loss(hidden, answer, answer_mask, self.llm.logits)
-        return loss, {"tokens": answer_mask.sum()}
+        loss = answer_loss(self.llm, prompt, prompt_mask, batch["answer"], batch["answer_mask"])
+        return loss, {"tokens": batch["answer_mask"].sum()}
+
+
+def join_prompt(
+    llm: Decoder, batch: Batch, middle: jax.Array, middle_mask: jax.Array
+) -> tuple[jax.Array, jax.Array]:
+    """The prompt around what stands for the speech: middle [B, Q, M] -> embeddings [B, L, M], mask [B, L]."""
+    before, after = llm.embed(batch["before"]), llm.embed(batch["after"])
+    embeddings = jnp.concatenate([before, middle, after], 1)
+    return embeddings, jnp.concatenate([batch["before_mask"], middle_mask, batch["after_mask"]], 1)
+
+
+def answer_loss(
+    llm: Decoder, prompt: jax.Array, prompt_mask: jax.Array, answer: jax.Array, answer_mask: jax.Array
+) -> jax.Array:
+    """Cross-entropy of answers int [B, L] after prompts [B, L', M]: the mean over all answer tokens."""
+    # The last token of the answer predicts nothing, so the LLM need not read it.
+    embeddings = jnp.concatenate([prompt, llm.embed(answer[:, :-1])], 1)
+    mask = jnp.concatenate([prompt_mask, answer_mask[:, :-1]], 1)
+    hidden, _ = llm(embeddings, mask)
+    length = prompt.shape[1]
+    first = last_real(hidden[:, :length], prompt_mask)  # which predicts the answer's first token
+    hidden = jnp.concatenate([first[:, None], hidden[:, length:]], 1)
+    return losses.token_loss(hidden, answer, answer_mask, llm.logits)
 
 
 def partition(

@@ -12,7 +12,7 @@ import json
 import re
 import zipfile
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +30,7 @@ from sparqle_jax.adapters.qformer import QFormer, QFormerConfig
 from sparqle_jax.compat import Compat
 from sparqle_jax.encoders.hubert import Hubert, HubertConfig
 from sparqle_jax.llms.decoder import FAMILIES, Decoder, DecoderConfig
-from sparqle_jax.model import Aligner, AlignmentHeads, SparQLe, make_projection
+from sparqle_jax.model import STAGE_1_LOSSES, Aligner, AlignmentHeads, SparQLe, make_projection
 from sparqle_jax.sharding import state_sharding
 
 MakeModule = Callable[[nnx.Rngs], nnx.Module]
@@ -743,8 +743,8 @@ def load_sparqle(
     """A stage-2 model from a checkpoint in the published names, such as SparQLe_best.pt.
 
     encoder, llm: the loaded towers; or their configurations, when the checkpoint holds the towers too.
-    compat="published" for the published weights. rngs: to start stage 2 from a stage-1 checkpoint, whose
-    projection to the LLM is then new. values: see `qformer_config`. Text halves and towers in the
+    compat="published" for the published weights. rngs: to start stage 2 from a stage-1 checkpoint, which
+    has no projection to the LLM: it is new then. values: see `qformer_config`. Text halves and towers in the
     checkpoint that are not asked for are left aside. Raises ValueError as `load` does.
     """
     config = dataclasses.replace(qformer_config(checkpoint, **values), text=False)
@@ -760,6 +760,7 @@ def load_sparqle(
             projection=make_projection(config.hidden_size, llm.config.hidden_size, dtype=dtype, rngs=rngs),
         )
 
+    has_projection = any(name.endswith("_proj.weight") and name.startswith("ll") for name in tensors)
     trained = load(
         make,
         SPARQLE,
@@ -767,7 +768,7 @@ def load_sparqle(
         name=str(checkpoint),
         mesh=mesh,
         ignored=(*TOWERS, *STAGE_1_ONLY),
-        fresh=[] if rngs is None else [r"projection\..*"],
+        fresh=[] if rngs is None or has_projection else [r"projection\..*"],
         rngs=rngs,
     )
     return SparQLe(encoder, trained.adapter, trained.projection, llm, compat=compat)
@@ -777,11 +778,15 @@ def load_aligner(
     checkpoint: str | Path,
     encoder: Hubert | HubertConfig,
     *,
+    losses: Sequence[str] = STAGE_1_LOSSES,
     dtype: DTypeLike = jnp.float32,
     mesh: Mesh | None = None,
     **values,
 ) -> Aligner:
-    """A stage-1 model from a checkpoint in the published names; arguments as for `load_sparqle`."""
+    """A stage-1 model from a checkpoint in the published names; arguments as for `load_sparqle`.
+
+    losses: see `Aligner`.
+    """
     config = qformer_config(checkpoint, **values)
     tensors = open_checkpoint(checkpoint)
     encoder = _encoder_of(checkpoint, tensors, encoder, dtype, mesh)
@@ -794,7 +799,7 @@ def load_aligner(
         )
 
     trained = load(make, ALIGNER, tensors, name=str(checkpoint), mesh=mesh, ignored=TOWERS)
-    return Aligner(encoder, trained.adapter, trained.heads)
+    return Aligner(encoder, trained.adapter, trained.heads, losses=losses)
 
 
 def _encoder_of(checkpoint, tensors, encoder: Hubert | HubertConfig, dtype, mesh) -> Hubert:
@@ -848,3 +853,16 @@ def save_published(model: SparQLe | Aligner, file: str | Path) -> None:
         torch.save({"model": tensors, "metadata": metadata}, file)
     else:
         raise ValueError(f"{file}: give a name that ends in .safetensors or .pt.")
+
+
+def save_folder(tower: Hubert | Decoder, folder: str | Path, config: Any, *, dtype: DTypeLike) -> None:
+    """Saves a tower as a transformers folder: config.json and model.safetensors, in `dtype`.
+
+    config: the transformers configuration that the tower's was read from.
+    """
+    folder = Path(folder)
+    config.dtype = str(np.dtype(dtype))
+    config.save_pretrained(folder)
+    table = HUBERT if isinstance(tower, Hubert) else DECODER
+    tensors = {name: value.astype(dtype) for name, value in export(nnx.state(tower), table).items()}
+    save_file(tensors, folder / "model.safetensors", {"format": "pt"})

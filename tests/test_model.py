@@ -6,7 +6,8 @@ from flax import nnx
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from sparqle_jax.model import FREEZING, SparQLe, partition
+from sparqle_jax.model import FREEZING, Aligner, SparQLe, partition
+from sparqle_jax.prompts import collate
 from sparqle_jax.sharding import make_mesh, state_sharding
 from tests.batches import padded, stage1_batch, stage2_batch
 from tests.conftest import call
@@ -192,3 +193,27 @@ def test_sharded_equals_one_device(aligner, sparqle):
     norm = np.sqrt(sum(np.square(x).sum() for x in jax.tree.leaves(gradients)))
     for a, b in zip(jax.tree.leaves(sharded_gradients), jax.tree.leaves(gradients), strict=True):
         np.testing.assert_allclose(a, b, atol=1e-5 * norm)
+
+
+def test_without_a_waveform_the_llm_answers_the_text_alone(sparqle):
+    batch = collate([([1, 5, 6, 9], [7, 8])], vocab_size=97)
+    embeddings, mask = sparqle.embed_prompt(batch)
+    np.testing.assert_array_equal(embeddings, sparqle.llm.embed(np.array([[1, 5, 6, 9, 7, 8]])))
+    assert mask.all()
+
+
+def test_losses_that_are_left_out_change_no_other(aligner):
+    losses = ("stm",)  # which needs the similarities of stc for its negatives
+    batch = stage1_batch(np.random.default_rng(0))
+    _, whole = call(aligner.loss, batch, KEY, train=False)
+    some = Aligner(aligner.encoder, aligner.adapter, aligner.heads, losses=losses)
+    total, parts = call(some.loss, batch, KEY, train=False)
+    assert set(parts) == set(losses)
+    for name in losses:
+        np.testing.assert_allclose(parts[name], whole[name], rtol=1e-5)
+    np.testing.assert_allclose(total, sum(parts.values()), rtol=1e-6)
+
+
+def test_an_unknown_loss_is_an_error(aligner):
+    with pytest.raises(ValueError, match="choose among"):
+        Aligner(aligner.encoder, aligner.adapter, aligner.heads, losses=("stx",))

@@ -7,7 +7,9 @@ from flax import nnx
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from sparqle_jax import pretrained
 from sparqle_jax.adapters.qformer import QFormer, QFormerConfig
+from sparqle_jax.model import SparQLe
 from tests.conftest import call
 
 CONFIG = QFormerConfig(
@@ -155,3 +157,37 @@ def test_config_of_bert():
         QFormer(QFormerConfig(hidden_size=10, num_attention_heads=4), rngs=nnx.Rngs(0))
     with pytest.raises(ValueError, match="cross_attention_freq=0 must be at least 1"):
         QFormerConfig(cross_attention_freq=0)
+
+
+PLACED = dataclasses.replace(CONFIG, span_frames=20, text=False)
+
+
+def test_listening_are_the_weights_that_the_cross_attention_uses(rng):
+    qformer = QFormer(PLACED, rngs=nnx.Rngs(0))
+    frames, mask = rng.normal(size=(2, 20, 12)).astype(np.float32), np.arange(20) < [[20], [11]]
+    weights = call(qformer.listening, frames, mask)
+    assert weights.shape == (2, 2, 4, 20)  # the cross-attentions of layers 0 and 2
+    np.testing.assert_allclose(weights.sum(-1), 1, atol=1e-6)
+    assert weights[:, 1, :, 11:].max() == 0
+
+    attention = qformer.layers[0].cross_attention.attention
+    x = rng.normal(size=(2, 4, 16)).astype(np.float32)
+    keys, values = attention.keys_values(frames)
+    by_hand = np.einsum("BNTC,BCNH->BTNH", attention.weights(x, frames, mask[:, None, None]), values)
+    expected = attention(x, (keys, values), mask[:, None, None])
+    np.testing.assert_allclose(attention.out(by_hand.reshape(2, 4, 16)), expected, atol=1e-5)
+
+
+def test_with_places_queries_tell_frames_of_another_order_apart(rng):
+    frames = rng.normal(size=(1, 20, 12)).astype(np.float32)
+    for config, differ in ((PLACED, True), (dataclasses.replace(PLACED, span_frames=0), False)):
+        qformer = QFormer(config, rngs=nnx.Rngs(0))
+        there, back = call(qformer.__call__, frames), call(qformer.__call__, frames[:, ::-1])
+        assert bool(np.abs(there - back).max() > 1e-5) == differ  # small, as attention starts out even
+
+
+def test_places_are_kept_with_the_adapter(tmp_path, tiny, sparqle):
+    config = dataclasses.replace(sparqle.adapter.config, span_frames=150)
+    model = SparQLe(sparqle.encoder, QFormer(config, rngs=nnx.Rngs(0)), sparqle.projection, sparqle.llm)
+    pretrained.save_published(model, tmp_path / "a.safetensors")
+    assert pretrained.qformer_config(tmp_path / "a.safetensors") == config

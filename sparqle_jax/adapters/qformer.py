@@ -24,10 +24,14 @@ class QFormerConfig:
     """Sizes of a Q-Former; names and defaults as in BERT's configuration where it has them.
 
     encoder_width: width D of the frames. text: whether the text half is there (stage 1).
+    span_frames: 0 is the paper's: nothing but the encoder tells a frame's place. Otherwise sinusoids of its
+    place are added to each frame, and the queries start as those of places evenly over so many frames: they
+    begin by reading from left to right, without which a small model takes very long to learn.
     """
 
     encoder_width: int = 1024
     num_queries: int = 100
+    span_frames: int = 0
     cross_attention_freq: int = 2
     hidden_size: int = 768
     num_hidden_layers: int = 12
@@ -188,6 +192,9 @@ class QFormer(nnx.Module):
         self.config, self.dtype = config, dtype
         self.frames_norm = layers.LayerNorm(config.encoder_width, 1e-5, **norm)
         queries = nnx.initializers.normal(0.02)(rngs.params(), (1, config.num_queries, width), param_dtype)
+        if config.span_frames:
+            places = (jnp.arange(config.num_queries) + 0.5) * config.span_frames / config.num_queries
+            queries += sinusoids(places, width).astype(param_dtype)
         self.query_tokens = nnx.Param(queries, axes=(None, None, "embed"))
         self.embeddings_norm = layers.LayerNorm(width, eps, **norm)
         self.layers = nnx.List([QFormerLayer(config, i, **kwargs) for i in range(config.num_hidden_layers)])
@@ -222,6 +229,23 @@ class QFormer(nnx.Module):
         embed_key, layers_key = _split(key)
         x = self._start(self._expanded_queries(batch), embed_key)
         return self._run(x, self.config.num_queries, None, frames, frames_mask, None, layers_key)
+
+    def listening(self, frames: jax.Array, frames_mask: jax.Array | None = None) -> jax.Array:
+        """Which frames each query reads: the weights of every cross-attention, the mean of its heads.
+
+        frames [B, T, D] -> float32 [layers with cross-attention, B, Q, T], each row of sum 1.
+        """
+        x = self._start(self._expanded_queries(frames.shape[0]), None)
+        placed = self._place(frames)
+        mask = None if frames_mask is None else frames_mask.astype(bool)[:, None, None, :]
+        maps = []
+        for layer in self.layers:
+            if layer.cross_attention is not None:
+                attention = layer.self_attention.attention
+                attended = layer.self_attention(x, attention.keys_values(x), None, None)
+                maps.append(layer.cross_attention.attention.weights(attended, placed, mask).mean(1))
+            x, _ = layer(x, self.config.num_queries, None, placed, mask, None, None)
+        return jnp.stack(maps)
 
     def encode_text(self, ids: jax.Array, mask: jax.Array, key: jax.Array | None = None) -> jax.Array:
         """Text alone, as in BERT: ids int [B, L], mask bool [B, L] -> [B, L, A].
@@ -295,13 +319,21 @@ class QFormer(nnx.Module):
         if ids.shape[1] > self.config.max_position_embeddings:
             raise ValueError(
                 f"texts are padded to {ids.shape[1]} tokens but the Q-Former has "
-                f"{self.config.max_position_embeddings} position embeddings: shorten the text bucket."
+                f"{self.config.max_position_embeddings} position embeddings: shorten the texts, or make "
+                "max_position_embeddings larger."
             )
         text = self.word_embeddings(ids) + self.position_embeddings(jnp.arange(ids.shape[1]))
         return jnp.where(mask[..., None], text, 0)  # a NaN in padding would come through attention's zeros
 
     def _start(self, x: jax.Array, key: jax.Array | None) -> jax.Array:
         return layers.dropout(self.embeddings_norm(x), self.config.hidden_dropout_prob, key)
+
+    def _place(self, frames: jax.Array) -> jax.Array:
+        """Frames [B, T, D] as the cross-attentions read them: normed, with their places."""
+        frames = self.frames_norm(frames)
+        if self.config.span_frames:
+            frames += sinusoids(jnp.arange(frames.shape[1]), frames.shape[2]).astype(frames.dtype)
+        return frames
 
     def _run(
         self,
@@ -315,7 +347,7 @@ class QFormer(nnx.Module):
     ) -> tuple[jax.Array, list[KeysValues]]:
         """The layers: x [B, num_queries + L, A] -> the same, and every layer's keys and values."""
         if frames is not None:
-            frames = self.frames_norm(frames)
+            frames = self._place(frames)
         if frames_mask is not None:
             frames_mask = frames_mask.astype(bool)[:, None, None, :]
         if mask is not None:
@@ -328,6 +360,13 @@ class QFormer(nnx.Module):
                 x, keys_values = layer(x, num_queries, mask, frames, frames_mask, cached, layer_key)
             all_keys_values.append(keys_values)
         return x, all_keys_values
+
+
+def sinusoids(places: jax.Array, width: int) -> jax.Array:
+    """float32 [N, width]: sines, then cosines, of places [N], with periods from 6 to 6,000."""
+    frequencies = 1000.0 ** -jnp.linspace(0, 1, (width + 1) // 2)
+    angles = places[:, None] * frequencies
+    return jnp.concatenate([jnp.sin(angles), jnp.cos(angles)], 1)[:, :width]
 
 
 def _split(key: jax.Array | None):

@@ -247,22 +247,16 @@ class Hubert(nnx.Module):
         num_layers = self.config.num_hidden_layers
         if layer is not None and not 0 <= layer <= num_layers:
             raise ValueError(f"layer={layer} does not exist: this HuBERT has layers 0 to {num_layers}.")
-        x, frames_mask, keys_mask = self._embed(waveform, mask, compat)
-
-        def step(encoder_layer, x, _):
-            return encoder_layer(x, keys_mask), None
-
-        with jax.named_scope("layers"):
-            x, _ = layers.scan(self.layers, step, x, num=layer, remat=self.remat)
-        if layer in (None, num_layers) and self.config.do_stable_layer_norm:
-            x = self.norm(x)
-        return x, frames_mask
+        x, frames_mask = self.features(waveform, mask, compat=compat)
+        x = self.contextualise(x, frames_mask, layer=layer)
+        return x, jnp.ones(x.shape[:2], bool) if frames_mask is None else frames_mask
 
     def hidden_states(
         self, waveform: jax.Array, mask: jax.Array | None = None, *, compat: Compat = None
     ) -> jax.Array:
         """The frames of every layer, 0 to num_hidden_layers: [num_hidden_layers + 1, B, T, D]."""
-        x, _, keys_mask = self._embed(waveform, mask, compat)
+        x, frames_mask = self.features(waveform, mask, compat=compat)
+        x, keys_mask = self._add_positions(x, frames_mask)
 
         def step(encoder_layer, x, _):
             x = encoder_layer(x, keys_mask)
@@ -273,10 +267,14 @@ class Hubert(nnx.Module):
             last = self.norm(last)
         return jnp.concatenate([x[None], outputs[:-1], last[None]])
 
-    def _embed(
-        self, waveform: jax.Array, mask: jax.Array | None, compat: Compat
-    ) -> tuple[jax.Array, jax.Array, jax.Array | None]:
-        """Before the layers: convolutions, projection, positions. Returns x, frames mask, keys mask."""
+    def features(
+        self, waveform: jax.Array, mask: jax.Array | None = None, *, compat: Compat = None
+    ) -> tuple[jax.Array, jax.Array | None]:
+        """Each frame for itself: convolutions and projection. Returns x [B, T, D] and the frames' mask.
+
+        The mask is None where there is no padding. Pre-training masks frames between this and
+        `contextualise`.
+        """
         check_compat(compat, "transformers")
         if waveform.shape[1] < self.config.min_samples:
             raise ValueError(
@@ -285,8 +283,6 @@ class Hubert(nnx.Module):
             )
         if mask is None and compat == "published":
             mask = jnp.ones(waveform.shape, bool)  # which the published code reads as all padding
-        frames_mask = self._frames_mask(waveform, mask, compat)
-        keys_mask = None if mask is None else frames_mask[:, None, None, :]
         first_mask = None
         if mask is not None and compat is None:
             num_first = self.config.num_frames(mask.sum(1), layers=1)
@@ -300,20 +296,40 @@ class Hubert(nnx.Module):
                 x = conv_layer(x, first_mask)
         if self.feature_norm is not None:
             x = self.feature_norm(x)
-        x = self.feature_projection(x)
-        if mask is not None:
+        return self.feature_projection(x), None if mask is None else self._frames_mask(mask, compat)
+
+    def contextualise(
+        self, x: jax.Array, frames_mask: jax.Array | None, *, layer: int | None = None
+    ) -> jax.Array:
+        """What `features` returns -> frames [B, T, D]: positions, then `layer` layers (None is all)."""
+        x, keys_mask = self._add_positions(x, frames_mask)
+
+        def step(encoder_layer, x, _):
+            return encoder_layer(x, keys_mask), None
+
+        with jax.named_scope("layers"):
+            x, _ = layers.scan(self.layers, step, x, num=layer, remat=self.remat)
+        if layer in (None, self.config.num_hidden_layers) and self.config.do_stable_layer_norm:
+            x = self.norm(x)
+        return x
+
+    def _add_positions(
+        self, x: jax.Array, frames_mask: jax.Array | None
+    ) -> tuple[jax.Array, jax.Array | None]:
+        """The input of the layers [B, T, D], and the mask of their keys."""
+        keys_mask = None
+        if frames_mask is not None:
             x = jnp.where(frames_mask[..., None], x, 0)  # as an example's end, when it is alone
+            keys_mask = frames_mask[:, None, None, :]
         with jax.named_scope("positional_conv"):
             x = x + self.positional_conv(x)
         if not self.config.do_stable_layer_norm:
             x = self.norm(x)
-        return x, frames_mask, keys_mask
+        return x, keys_mask
 
-    def _frames_mask(self, waveform: jax.Array, mask: jax.Array | None, compat: Compat) -> jax.Array:
+    def _frames_mask(self, mask: jax.Array, compat: Compat) -> jax.Array:
         """bool [B, T]: which frames are made of real samples alone (or what `compat` makes of it)."""
-        num_frames = self.config.num_frames(waveform.shape[1])
-        if mask is None:
-            return jnp.ones((waveform.shape[0], num_frames), bool)
+        num_frames = self.config.num_frames(mask.shape[1])
         if compat == "published":
             # transformers marks the last real frame by its index, length - 1. Given padding for speech,
             # that is negative for up to one frame of padding, and indexes from the end: -2 for none.
