@@ -15,6 +15,7 @@ from flax import nnx
 from safetensors.numpy import load_file
 
 from sparqle_jax import pretrained
+from sparqle_jax.demo import world
 from sparqle_jax.encoders.hubert import HubertConfig
 from sparqle_jax.llms.decoder import DecoderConfig
 
@@ -103,3 +104,11 @@ def assert_same_parameters(a, b):
     assert a.keys() == b.keys()
     for path in a:
         np.testing.assert_array_equal(a[path].get_value(), b[path].get_value(), str(path))
+
+
+@pytest.fixture(scope="session")
+def small_world(tmp_path_factory) -> Path:
+    """Data sets train (24 utterances), heard and unheard (8 each) of the miniature's world."""
+    folder = tmp_path_factory.mktemp("world")
+    world.make_world(folder, train=24, test=8, seed=0)
+    return folder

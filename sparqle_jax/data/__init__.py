@@ -1,0 +1,1 @@
+"""Recordings and their texts: data sets, and batches of them."""

@@ -1,0 +1,96 @@
+"""Makes the miniature's data sets: sentences, spoken by synthesised voices.
+
+    python -m sparqle_jax.demo.world FOLDER --train 20000
+
+writes FOLDER/train, and for evaluation FOLDER/heard and FOLDER/unheard: sentences that are in no training
+set, by voices that are in it and by voices that are not.
+"""
+
+import argparse
+import multiprocessing
+import os
+import shutil
+from pathlib import Path
+
+import numpy as np
+import soundfile
+import tqdm
+
+from sparqle_jax.audio import SAMPLE_RATE
+from sparqle_jax.data.manifest import NAME, Utterance, write_manifest
+from sparqle_jax.demo import grammar, speech
+
+MAX_SECONDS = 3.0
+
+
+def make_data_set(
+    folder: str | Path, num: int, *, seed: int, voices: tuple[str, ...], test: bool = False, repeat: int = 1
+) -> None:
+    """Writes a data set of `num` sentences, each spoken by `repeat` voices at random, as 16-bit wav.
+
+    Where the folder is there already, with as many utterances, it is left as it is; a folder appears only
+    when it is whole.
+    """
+    folder = Path(folder)
+    if (folder / NAME).is_file():
+        with open(folder / NAME) as file:
+            if sum(1 for _ in file) == num * repeat:
+                return
+        shutil.rmtree(folder)
+    partial = folder.with_name(folder.name + ".partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir(parents=True)
+    sentences = grammar.sentences(num, seed, test=test)
+    tasks = [
+        (partial, f"{i:06d}-{k}", sentence, voices, [seed, test, i, k])
+        for k in range(repeat)
+        for i, sentence in enumerate(sentences)
+    ]
+    # Spawned: espeak-ng does not survive a fork.
+    with multiprocessing.get_context("spawn").Pool(os.cpu_count()) as pool:
+        results = pool.imap(_speak, tasks, chunksize=32)
+        write_manifest(partial, tqdm.tqdm(results, f"speech: {folder.name}", len(tasks), unit="utterance"))
+    partial.rename(folder)
+
+
+def _speak(task: tuple[Path, str, dict[str, str], tuple[str, ...], list[int]]) -> Utterance:
+    folder, name, sentence, voices, seed = task
+    rng = np.random.default_rng(seed)
+    text = sentence["en"]
+    while True:
+        voice = speech.draw_voice(rng, voices)
+        waveform = speech.synthesise(text, voice)
+        if len(waveform) <= MAX_SECONDS * SAMPLE_RATE:
+            break
+    soundfile.write(folder / f"{name}.wav", waveform, SAMPLE_RATE, subtype="PCM_16")
+    return Utterance(
+        id=name,
+        audio=Path(f"{name}.wav"),
+        text=text,
+        duration=len(waveform) / SAMPLE_RATE,
+        translations={code: words for code, words in sentence.items() if code != "en"},
+        speaker=f"{voice.accent}+{voice.variant}",
+    )
+
+
+def make_world(folder: str | Path, *, train: int, test: int, seed: int, repeat: int = 1) -> None:
+    """The three data sets of the miniature in `folder`: train, heard, unheard."""
+    folder = Path(folder)
+    make_data_set(folder / "train", train, seed=seed, voices=speech.HEARD, repeat=repeat)
+    make_data_set(folder / "heard", test, seed=seed, voices=speech.HEARD, test=True)
+    make_data_set(folder / "unheard", test, seed=seed, voices=speech.UNHEARD, test=True)
+
+
+def main(argv: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser("python -m sparqle_jax.demo.world", description=__doc__.split("\n")[0])
+    parser.add_argument("folder", type=Path)
+    parser.add_argument("--train", type=int, default=20_000, help="sentences to train on")
+    parser.add_argument("--repeat", type=int, default=1, help="voices that speak each of them")
+    parser.add_argument("--test", type=int, default=512, help="sentences in each set for evaluation")
+    parser.add_argument("--seed", type=int, default=0)
+    args = parser.parse_args(argv)
+    make_world(args.folder, train=args.train, test=args.test, seed=args.seed, repeat=args.repeat)
+
+
+if __name__ == "__main__":
+    main()

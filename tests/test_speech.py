@@ -1,0 +1,105 @@
+"""Synthesised speech, and the data sets made of it."""
+
+import json
+
+import numpy as np
+import pytest
+
+from sparqle_jax import audio
+from sparqle_jax.data.manifest import read_manifest
+from sparqle_jax.demo import grammar, say, speech, world
+
+
+def test_speech_has_the_length_and_level_of_speech():
+    waveform = speech.synthesise("we meet at the station at seven fifteen", speech.Voice())
+    assert 1.0 < len(waveform) / audio.SAMPLE_RATE < 4.0
+    assert waveform.dtype == np.float32
+    assert 0.05 < np.abs(waveform).max() <= 1.05  # resampling may overshoot a little
+
+
+def test_a_faster_voice_is_shorter():
+    text = "the train to paris leaves at seven fifteen"
+    slow, fast = (len(speech.synthesise(text, speech.Voice(rate=rate))) for rate in (160, 240))
+    assert fast < 0.8 * slow
+
+
+def test_every_voice_that_the_miniature_uses_is_there():
+    assert set(speech.HEARD).isdisjoint(speech.UNHEARD)
+    for variant in (*speech.HEARD, *speech.UNHEARD):
+        speech.synthesise("ten", speech.Voice(variant=variant))
+    for accent in speech.ACCENTS:
+        speech.synthesise("ten", speech.Voice(accent=accent))
+
+
+@pytest.mark.parametrize(
+    ("text", "voice", "message"),
+    [
+        ("ten", speech.Voice(variant="nobody"), "no voice variant 'nobody'"),
+        ("ten", speech.Voice(accent="en-mars"), "no accent 'en-mars'"),
+        ("  ", speech.Voice(), "nothing to say"),
+    ],
+)
+def test_what_can_not_be_spoken_is_an_error(text, voice, message):
+    with pytest.raises(ValueError, match=message):
+        speech.synthesise(text, voice)
+
+
+def test_world_has_other_sentences_and_voices_for_evaluation(small_world):
+    train, heard, unheard = (read_manifest(small_world / name) for name in ("train", "heard", "unheard"))
+    assert [len(train), len(heard), len(unheard)] == [24, 8, 8]
+    assert {u.text for u in train}.isdisjoint(u.text for u in (*heard, *unheard))
+    assert {u.speaker.split("+")[1] for u in unheard} <= set(speech.UNHEARD)
+    assert {u.speaker.split("+")[1] for u in (*train, *heard)} <= set(speech.HEARD)
+    for utterance in train:
+        waveform = audio.read(utterance.audio)
+        assert len(waveform) == round(utterance.duration * audio.SAMPLE_RATE)
+        assert utterance.duration <= world.MAX_SECONDS
+        assert set(utterance.translations) == set(grammar.LANGUAGES) - {"en"}
+
+
+def test_a_whole_data_set_stays_and_a_partial_one_is_made_again(tmp_path):
+    folder = tmp_path / "some"
+    partial = tmp_path / "some.partial"
+    partial.mkdir()
+    (partial / "000000-0.wav").write_text("cut off")
+    world.make_data_set(folder, 2, seed=0, voices=("m1",))
+    assert not partial.exists()
+    first = (folder / "manifest.jsonl").stat().st_mtime_ns
+    world.make_data_set(folder, 2, seed=0, voices=("m1",))
+    assert (folder / "manifest.jsonl").stat().st_mtime_ns == first
+    world.make_data_set(folder, 3, seed=0, voices=("m1",))
+    assert len(read_manifest(folder)) == 3
+
+
+def test_say_writes_a_recording(tmp_path, capsys):
+    say.main(["ten degrees", "--output", str(tmp_path / "a.wav"), "--voice", "f2"])
+    assert len(audio.read(tmp_path / "a.wav")) > 5000
+    with pytest.raises(SystemExit):
+        say.main(["ten", "--voice", "nobody"])
+    assert "no voice variant" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ({"id": "b", "audio": "a.wav", "text": "x"}, "line 2: duration: Field required"),
+        ({"id": "b", "audio": "a.wav", "text": "x", "duration": -1}, "line 2: duration"),
+        ({"id": "b", "audio": "a.wav", "text": "x", "duration": 1, "speakr": ""}, "line 2: speakr"),
+        ({"id": "a", "audio": "a.wav", "text": "x", "duration": 1}, "line 2: the id 'a' occurs twice"),
+    ],
+)
+def test_a_manifest_that_is_not_right_names_its_lines(tmp_path, line, message):
+    good = {"id": "a", "audio": "a.wav", "text": "x", "duration": 1}
+    (tmp_path / "a.wav").write_bytes(b"")
+    (tmp_path / "manifest.jsonl").write_text(json.dumps(good) + "\n" + json.dumps(line) + "\n")
+    with pytest.raises(ValueError, match=message):
+        read_manifest(tmp_path)
+
+
+def test_a_manifest_without_its_recordings_names_them(tmp_path):
+    line = {"id": "a", "audio": "a.wav", "text": "x", "duration": 1}
+    (tmp_path / "manifest.jsonl").write_text(json.dumps(line) + "\n")
+    with pytest.raises(FileNotFoundError, match=r"a: .*a\.wav"):
+        read_manifest(tmp_path)
+    with pytest.raises(FileNotFoundError, match="is no data set"):
+        read_manifest(tmp_path / "nowhere")
