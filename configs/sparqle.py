@@ -1,0 +1,28 @@
+"""The paper's setting: HuBERT-large, a Q-Former of 100 queries from BERT, Llama-3-8B-Instruct; both stages.
+
+    python -m sparqle_jax.train configs/sparqle.py --set data.train=FOLDER
+
+The folders are as `hf download` leaves them; learning rate and warm-up are the reference's.
+"""
+
+from pathlib import Path
+
+from sparqle_jax.config import AdapterConfig, Config, DataConfig, OptimConfig, Stage1Config, Stage2Config
+
+
+def get_config() -> Config:
+    optim = OptimConfig(lr=1e-4, warmup_steps=1000, weight_decay=0.05, final_lr=0.1)
+    return Config(
+        run=Path("runs/sparqle"),
+        encoder=Path("hubert-large-ll60k"),
+        llm=Path("Meta-Llama-3-8B-Instruct"),
+        data=DataConfig(train=Path("data/train"), test={"test": Path("data/test")}, max_seconds=30.0),
+        adapter=AdapterConfig(
+            start=Path("bert-base-uncased"),
+            tokenizer=Path("bert-base-uncased"),
+            sizes=dict(num_queries=100, cross_attention_freq=2),
+        ),
+        stage1=Stage1Config(steps=100_000, batch_size=64, optim=optim),
+        stage2=Stage2Config(steps=50_000, batch_size=64, optim=optim),
+        dtype="bfloat16",
+    )

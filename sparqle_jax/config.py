@@ -1,0 +1,168 @@
+"""What a run is: one typed, frozen configuration, from a file in configs/ and overrides of single keys.
+
+A file is Python with `get_config() -> Config`. Unknown keys and values of a wrong type are errors, in the
+file as in an override.
+"""
+
+import json
+import runpy
+import types
+import typing
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import pydantic
+
+Positive = Annotated[int, pydantic.Field(ge=1)]
+
+
+class Model(pydantic.BaseModel, frozen=True, extra="forbid"):
+    """Base of all parts: what is not listed is an error."""
+
+
+class OptimConfig(Model):
+    """AdamW with weight decay on matrices, after a linear warm-up a cosine down to `final_lr` * lr."""
+
+    lr: Annotated[float, pydantic.Field(gt=0)] = 1e-4
+    warmup_steps: Annotated[int, pydantic.Field(ge=0)] = 1000
+    final_lr: Annotated[float, pydantic.Field(ge=0, le=1)] = 0.01
+    b1: float = 0.9
+    b2: float = 0.98
+    weight_decay: float = 0.05
+    clip_norm: Annotated[float, pydantic.Field(gt=0)] = 1.0
+
+
+class StageConfig(Model):
+    """One stage. save_every: steps between checkpoints, of which the last two are kept."""
+
+    steps: Positive
+    batch_size: Positive
+    optim: OptimConfig = OptimConfig()
+    save_every: Positive = 1000
+    log_every: Positive = 10
+    evaluate: bool = True  # on data.test, when the stage ends
+
+
+class Stage1Config(StageConfig):
+    """Speech and text meet in the adapter, without the LLM."""
+
+    losses: tuple[Literal["stc", "stm", "stg"], ...] = ("stc", "stm", "stg")
+
+
+class Stage2Config(StageConfig):
+    """The adapter learns to speak to the frozen LLM.
+
+    tasks: how often each is drawn, by weight: "transcribe", or a language's code for translation into it.
+    """
+
+    tasks: dict[str, Annotated[float, pydantic.Field(gt=0)]] = {"transcribe": 1.0}
+
+
+class AdapterConfig(Model):
+    """The Q-Former. start: a checkpoint (.safetensors, .pt) or a BERT folder; None begins at random.
+
+    tokenizer: the folder of the tokenizer of its text half (stage 1); sizes: fields of QFormerConfig, but
+    those that the encoder, the tokenizer or `start` set. features: width of the contrastive features.
+    """
+
+    start: Path | None = None
+    tokenizer: Path | None = None
+    sizes: dict[str, int | float | str] = {}
+    features: Positive = 256
+
+
+class DataConfig(Model):
+    """Data sets (see data/manifest.py): one to train on, any number to evaluate on.
+
+    max_seconds: to which recordings are padded; a longer one is an error.
+    """
+
+    train: Path
+    test: dict[str, Path] = {}
+    max_seconds: Annotated[float, pydantic.Field(gt=0)] = 30.0
+
+
+class Config(Model):
+    """A run. run: its folder. encoder, llm: folders of the frozen towers. A stage that is None is left out.
+
+    test_languages: into which to translate when evaluating; the LLM need not have been trained on them here.
+    """
+
+    run: Path
+    encoder: Path
+    llm: Path
+    data: DataConfig
+    adapter: AdapterConfig = AdapterConfig()
+    stage1: Stage1Config | None = None
+    stage2: Stage2Config | None = None
+    test_languages: tuple[str, ...] = ()
+    dtype: Literal["float32", "bfloat16"] = "float32"  # of matrix products and of the frozen towers
+    seed: int = 0
+
+    @pydantic.model_validator(mode="after")
+    def _whole(self) -> "Config":
+        if self.stage1 is None and self.stage2 is None:
+            raise ValueError("neither stage1 nor stage2 is there: nothing would be trained")
+        if self.stage1 is not None and self.adapter.tokenizer is None:
+            raise ValueError("stage 1 needs adapter.tokenizer, the tokenizer of the adapter's text half")
+        return self
+
+
+def read_config(file: str | Path, overrides: Sequence[str] = ()) -> Config:
+    """The configuration in a Python file (its `get_config()`) or a run's config.json, with overrides.
+
+    overrides: "key.subkey=value" each; a value is JSON, or else text. "stage1=null" leaves a stage out.
+    Raises FileNotFoundError for no file, ValueError naming every key that is unknown or of a wrong type, with
+    what is valid there.
+    """
+    file = Path(file)
+    if not file.is_file():
+        raise FileNotFoundError(f"{file} does not exist: give a configuration file, such as configs/tiny.py.")
+    if file.suffix == ".json":
+        values = json.loads(file.read_text())
+    else:
+        values = runpy.run_path(str(file))["get_config"]().model_dump()
+    for override in overrides:
+        key, equals, text = override.partition("=")
+        if not equals:
+            raise ValueError(f"--set {override}: write key=value, such as --set stage2.optim.lr=1e-4.")
+        _set(values, key.split("."), text, Config)
+    try:
+        return Config.model_validate(values)
+    except pydantic.ValidationError as error:
+        lines = []
+        for problem in error.errors():
+            where = ".".join(map(str, problem["loc"])) or "the whole"
+            given = "" if problem["type"] == "missing" else f" (given: {problem['input']!r})"
+            lines.append(f"  {where}: {problem['msg']}{given if problem['loc'] else ''}")
+        raise ValueError(f"{file} is not a configuration:\n" + "\n".join(lines)) from error
+
+
+def _set(values: Any, path: list[str], text: str, model: Any, done: str = "") -> None:
+    """Sets a key in nested dictionaries, after a look whether the configuration has it."""
+    key, *rest = path
+    model = _model_of(model)
+    if model is not None and key not in model.model_fields:
+        raise ValueError(
+            f"--set {done}{key}: there is no such key; valid here: {', '.join(model.model_fields)}."
+        )
+    if not rest:
+        try:
+            values[key] = json.loads(text)
+        except json.JSONDecodeError:
+            values[key] = text
+        return
+    inner = None if model is None else model.model_fields[key].annotation
+    if model is not None and _model_of(inner) is None and typing.get_origin(inner) is not dict:
+        raise ValueError(f"--set {done}{'.'.join(path)}: {done}{key} has no keys.")
+    if values.get(key) is None:
+        raise ValueError(f"--set {done}{'.'.join(path)}: {done}{key} is not in this configuration.")
+    _set(values[key], rest, text, inner, f"{done}{key}.")
+
+
+def _model_of(annotation: Any) -> type[Model] | None:
+    """The part of the configuration that an annotation names, `Part` or `Part | None`; None for a value."""
+    options = typing.get_args(annotation) if isinstance(annotation, types.UnionType) else (annotation,)
+    parts = [option for option in options if isinstance(option, type) and issubclass(option, Model)]
+    return parts[0] if parts else None

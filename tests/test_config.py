@@ -1,0 +1,70 @@
+"""Configurations: typed, strict, overridden key by key."""
+
+from pathlib import Path
+
+import pytest
+
+from sparqle_jax.config import read_config
+
+TINY = Path(__file__).parents[1] / "configs" / "tiny.py"
+
+
+def test_every_configuration_in_the_repository_is_valid():
+    for file in TINY.parent.glob("*.py"):
+        read_config(file)
+
+
+def test_overrides_reach_any_depth_and_keep_their_types():
+    config = read_config(
+        TINY,
+        [
+            "stage2.optim.lr=1e-4",
+            "stage1=null",
+            "adapter.sizes.num_queries=8",
+            'test_languages=["fr"]',
+            "run=elsewhere",
+            'stage2.tasks={"transcribe": 1, "fr": 0.5}',
+            "data.test.mine=some/folder",
+        ],
+    )
+    assert config.stage2.optim.lr == 1e-4
+    assert config.stage1 is None
+    assert config.adapter.sizes["num_queries"] == 8
+    assert config.test_languages == ("fr",)
+    assert config.run == Path("elsewhere")
+    assert config.stage2.tasks == {"transcribe": 1.0, "fr": 0.5}
+    assert config.data.test["mine"] == Path("some/folder")
+    assert config.stage2.optim.warmup_steps == read_config(TINY).stage2.optim.warmup_steps
+
+
+def test_a_written_configuration_reads_back(tmp_path):
+    config = read_config(TINY, ["seed=7"])
+    (tmp_path / "config.json").write_text(config.model_dump_json())
+    assert read_config(tmp_path / "config.json") == config
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("stage2.optim.learning_rate=1", "no such key; valid here: lr, warmup_steps"),
+        ("stage3.steps=1", "no such key; valid here: run, encoder"),
+        ("stage2.optim.lr=fast", "stage2.optim.lr: Input should be a valid number.*'fast'"),
+        ("stage2.optim.lr=-1", "stage2.optim.lr: Input should be greater than 0"),
+        ("stage2.steps=1.5", "stage2.steps"),
+        ("seed.x=1", "seed has no keys"),
+        ("seed", "write key=value"),
+        ('stage1.losses=["stx"]', "stage1.losses.0"),
+    ],
+)
+def test_an_override_that_is_not_right_says_what_is(override, message):
+    with pytest.raises(ValueError, match=message):
+        read_config(TINY, [override])
+
+
+def test_a_run_that_would_train_nothing_is_an_error():
+    with pytest.raises(ValueError, match="nothing would be trained"):
+        read_config(TINY, ["stage1=null", "stage2=null"])
+    with pytest.raises(ValueError, match=r"adapter\.tokenizer"):
+        read_config(TINY, ["adapter.tokenizer=null"])
+    with pytest.raises(FileNotFoundError):
+        read_config("configs/none.py")

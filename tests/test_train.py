@@ -1,0 +1,161 @@
+"""Training through its command: what it leaves, that it resumes exactly, what it finds at the start."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from safetensors.numpy import load_file
+
+from sparqle_jax import train
+from sparqle_jax.transcribe import Listener
+
+CONFIG = str(Path(__file__).parents[1] / "configs" / "tiny.py")
+SIZES = dict(
+    num_queries=4,
+    span_frames=150,
+    hidden_size=32,
+    num_hidden_layers=1,
+    num_attention_heads=2,
+    intermediate_size=64,
+    max_position_embeddings=32,
+)
+
+# Kills its own process in the middle of stage 2, between two checkpoints.
+KILLED = """
+import os, signal, sys
+from sparqle_jax import train
+write = train._Log.write
+def write_or_die(self, step, *args):
+    write(self, step, *args)
+    if self.file.parent.name == "stage2" and step == 3:
+        os.kill(os.getpid(), signal.SIGKILL)
+train._Log.write = write_or_die
+train.main(sys.argv[1:])
+"""
+
+
+def arguments(run: Path, world: Path, *more: str) -> list[str]:
+    changes = [
+        f"run={run}",
+        f"data.train={world / 'train'}",
+        "data.test=" + json.dumps({"heard": str(world / "heard")}),
+        f"adapter.sizes={json.dumps(SIZES)}",
+        "adapter.features=8",
+        'test_languages=["fr"]',
+    ]
+    for stage in ("stage1", "stage2"):
+        changes += [
+            f"{stage}.steps=4",
+            f"{stage}.batch_size=4",
+            f"{stage}.save_every=2",
+            f"{stage}.log_every=1",
+        ]
+    return [CONFIG, *(arg for change in (*changes, *more) for arg in ("--set", change))]
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory, small_world) -> Path:
+    """A run that was never stopped."""
+    run = tmp_path_factory.mktemp("runs") / "whole"
+    assert train.main(arguments(run, small_world)) == 0
+    return run
+
+
+def metrics(run: Path, stage: str) -> list[dict]:
+    rows = [json.loads(line) for line in (run / stage / "metrics.jsonl").read_text().splitlines()]
+    return [{k: v for k, v in row.items() if k != "audio_seconds_per_second"} for row in rows]
+
+
+def test_a_run_leaves_what_it_promises(whole):
+    for stage, parts in (("stage1", {"stc", "stm", "stg"}), ("stage2", {"tokens"})):
+        rows = metrics(whole, stage)
+        assert [row["step"] for row in rows] == [1, 2, 3, 4]
+        assert parts | {"loss", "gradient_norm", "lr"} <= rows[0].keys()
+        assert list((whole / stage / "tensorboard").iterdir())
+    scores = json.loads((whole / "stage2" / "results.json").read_text())
+    assert scores["heard"].keys() == {"transcribe", "fr"}
+    assert json.loads((whole / "stage1" / "results.json").read_text())["heard"].keys() == {
+        "stc",
+        "stm",
+        "stg",
+    }
+    rows = metrics(whole, "stage1")
+    assert rows[0]["loss"] == pytest.approx(sum(rows[0][part] for part in ("stc", "stm", "stg")), rel=1e-5)
+
+
+def test_the_adapter_left_is_the_one_trained(whole):
+    adapter = load_file(whole / "stage2" / "adapter.safetensors")
+    stage1 = load_file(whole / "stage1" / "adapter.safetensors")
+    assert not np.array_equal(adapter["query_tokens"], stage1["query_tokens"])
+    listener = Listener.from_folder(whole / "stage2")
+    assert listener.model.adapter.config.num_queries == SIZES["num_queries"]
+
+
+def test_stopped_and_killed_it_ends_with_the_same_numbers(whole, small_world, tmp_path, monkeypatch):
+    run = tmp_path / "stopped"
+    write = train._Log.write
+
+    def write_and_stop(self, step, *args):
+        write(self, step, *args)
+        if step == 3:
+            signal.raise_signal(signal.SIGINT)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(train._Log, "write", write_and_stop)
+        assert train.main(arguments(run, small_world)) == 130
+    assert not (run / "stage1" / "adapter.safetensors").exists()
+
+    environment = os.environ | {"JAX_NUM_CPU_DEVICES": "8", "JAX_DEFAULT_MATMUL_PRECISION": "highest"}
+    command = [sys.executable, "-c", KILLED, *arguments(run, small_world)]
+    killed = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert killed.returncode == -signal.SIGKILL, killed.stderr
+    assert metrics(run, "stage2")[-1]["step"] == 3
+
+    assert train.main(arguments(run, small_world)) == 0
+    for stage in ("stage1", "stage2"):
+        assert metrics(run, stage) == metrics(whole, stage)
+        ours, theirs = (load_file(r / stage / "adapter.safetensors") for r in (run, whole))
+        assert ours.keys() == theirs.keys()
+        for name in ours:
+            np.testing.assert_array_equal(ours[name], theirs[name], name)
+        results = [json.loads((r / stage / "results.json").read_text()) for r in (run, whole)]
+        assert results[0] == results[1]
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ("stage2.optim.lr=0.5", "other: stage2.optim.lr"),
+        ("seed=1", "other: seed"),
+    ],
+)
+def test_another_configuration_does_not_go_on_in_a_runs_folder(whole, small_world, change, message, capsys):
+    with pytest.raises(SystemExit):
+        train.main(arguments(whole, small_world, change))
+    assert message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ("encoder=nowhere", "nowhere is no folder"),
+        ("llm=nowhere", "nowhere"),
+        ("data.train=nowhere", "nowhere is no data set"),
+        ("data.max_seconds=1.2", "recordings are longer than data.max_seconds=1.2"),
+        ('stage2.tasks={"it": 1}', "has no translation into 'it'"),
+        ('test_languages=["it"]', "has no translation into 'it'"),
+        ("adapter.sizes.hidden=3", "adapter.sizes has unknown keys ['hidden']"),
+        ("adapter.sizes.max_position_embeddings=4", "make max_position_embeddings larger"),
+        ("stage2.batch_size=25", "24 examples, fewer than a batch of 25"),
+    ],
+)
+def test_mistakes_are_found_before_the_first_step(tmp_path, small_world, change, message, capsys):
+    with pytest.raises(SystemExit):
+        train.main(arguments(tmp_path / "run", small_world, change))
+    assert message in capsys.readouterr().err
+    assert not (tmp_path / "run" / "stage1" / "metrics.jsonl").exists()
