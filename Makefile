@@ -4,22 +4,33 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 export JAX_COMPILATION_CACHE_DIR ?= $(CURDIR)/.cache/jax
 
-.PHONY: help setup test parity fullsize lint format clean
+.PHONY: help setup demo demo-from-scratch test parity fullsize lint format clean
 
 help:  ## this list
-	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/' | expand -t 12
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/' | expand -t 20
 
-setup: $(VENV)/.ready  ## the environment alone
+setup: $(VENV)/.ready  ## the environment alone, with all that the tests need
 
-$(VENV)/.ready: requirements.txt pyproject.toml
+# The smallest environment, so that the demo starts soon; the others add to it.
+$(VENV)/.ready-demo: requirements.txt pyproject.toml
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "sparqle_jax needs Python 3.11 or newer: make PYTHON=python3.12 ...")'
 	$(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install --quiet --disable-pip-version-check --editable '.[demo]'
+	touch $@
+
+$(VENV)/.ready: $(VENV)/.ready-demo
 	$(BIN)/pip install --quiet --disable-pip-version-check --editable '.[test]'
 	touch $@
 
 $(VENV)/.ready-parity: $(VENV)/.ready
 	$(BIN)/pip install --quiet --disable-pip-version-check --editable '.[test,parity]'
 	touch $@
+
+demo: $(VENV)/.ready-demo  ## the miniature: trained in minutes, evaluated, and a page to look at
+	$(BIN)/python -m sparqle_jax.demo
+
+demo-from-scratch: $(VENV)/.ready  ## the miniature with its towers and stage 1: two hours
+	$(BIN)/python -m sparqle_jax.demo --from-scratch
 
 test: $(VENV)/.ready  ## everything that needs no PyTorch
 	$(BIN)/pytest

@@ -1,0 +1,245 @@
+"""The miniature, from nothing to a page that shows what it has learned.
+
+    python -m sparqle_jax.demo                  # minutes: stage 2 alone, from the models in the package
+    python -m sparqle_jax.demo --from-scratch   # hours: the towers and stage 1 too, and much more speech
+
+Run again after a stop, it goes on where it was.
+"""
+
+import argparse
+import base64
+import io
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+import soundfile
+from flax import nnx
+
+from sparqle_jax import audio, train
+from sparqle_jax.config import Config, read_config
+from sparqle_jax.data.manifest import Utterance, read_manifest
+from sparqle_jax.data.pipeline import TRANSCRIBE
+from sparqle_jax.demo import encoder, grammar, language_model, words
+from sparqle_jax.demo.page import write_page
+from sparqle_jax.demo.world import make_world
+from sparqle_jax.evaluate import evaluate, table
+from sparqle_jax.transcribe import Listener
+
+MODELS = Path(__file__).parent / "models"
+CONFIG = Path(__file__).parents[2] / "configs" / "tiny.py"
+SETS = {"heard": "voices heard in training", "unheard": "voices never heard"}
+LANGUAGES = tuple(code for code in grammar.LANGUAGES if code != "en")
+SUBTITLE = (
+    "The miniature SparQLe: a frozen speech encoder, a frozen language model, and between them a small "
+    "adapter, trained on English transcripts alone. The translations are zero-shot."
+)
+SHOWN = 6  # utterances of each set on the page
+NEXT = (
+    (
+        "have a sentence of yours spoken",
+        'python -m sparqle_jax.demo.say "the concert is on friday the third of may"',
+    ),
+    ("transcribe it", "python -m sparqle_jax.transcribe say.wav"),
+    ("translate it", "python -m sparqle_jax.transcribe say.wav --translate German"),
+    (
+        "score it on voices never heard",
+        "python -m sparqle_jax.evaluate data/demo/unheard --translate fr de es",
+    ),
+    (
+        "change something and train again",
+        "python -m sparqle_jax.train configs/tiny.py --set run=runs/mine ...",
+    ),
+)
+
+
+def make_models(folder: Path, data: Path, seed: int) -> None:
+    """Trains both towers, and makes the adapter's tokenizer, where they are not there yet."""
+    arguments = [f"--seed={seed}"]
+    if not (folder / "words" / "tokenizer.json").is_file():
+        words.main([str(folder / "words")])
+    if not (folder / "hubert" / "preprocessor_config.json").is_file():
+        encoder.main([str(data / "train"), str(folder / "hubert"), *arguments])
+    if not (folder / "llm" / "tokenizer.json").is_file():
+        language_model.main([str(folder / "llm"), *arguments])
+
+
+def overrides(args: argparse.Namespace, data: Path, models: Path) -> list[str]:
+    """What the demo changes in configs/tiny.py, as --set takes it."""
+    changes = [
+        f"run={args.run}",
+        f"seed={args.seed}",
+        f"encoder={models / 'hubert'}",
+        f"llm={models / 'llm'}",
+        f"adapter.tokenizer={models / 'words'}",
+        f"data.train={data / 'train'}",
+        "data.test={}",
+        "stage2.evaluate=false",
+    ]
+    if not args.from_scratch:
+        start = models / "stage1.safetensors"
+        changes += ["stage1=null", f"adapter.start={start}", "adapter.sizes={}", f"stage2.steps={args.steps}"]
+        changes += ["stage2.save_every=100"]
+    return changes + args.set
+
+
+def listening(listener: Listener, waveform: np.ndarray) -> dict[str, Any]:
+    """Which frames each query reads, the mean of the layers, as the page takes it."""
+    graph, state = nnx.split(listener.model)
+
+    def weights(state: nnx.State, waveform: jax.Array, mask: jax.Array) -> jax.Array:
+        model = nnx.merge(graph, state)
+        frames, frames_mask = model.encoder(waveform, mask)
+        return model.adapter.listening(frames, frames_mask).mean(0)[0]
+
+    padded, mask = audio.pad([listener.extractor(waveform)], round(listener.max_seconds * audio.SAMPLE_RATE))
+    num_frames = listener.model.encoder.config.num_frames(len(waveform))
+    values = np.asarray(jax.jit(weights)(state, padded, mask))[:, :num_frames]
+    levels = np.round(255 * values / values.max()).astype(np.uint8)
+    return {
+        "queries": levels.shape[0],
+        "frames": levels.shape[1],
+        "weights": base64.b64encode(levels.tobytes()).decode(),
+    }
+
+
+def utterance_card(
+    utterance: Utterance, name: str, answers: dict[str, dict[str, str]], listener: Listener
+) -> dict[str, Any]:
+    """One utterance as the page takes it: audio, outline, reference, answers, what the queries read."""
+    waveform = audio.read(utterance.audio)
+    file = io.BytesIO()
+    soundfile.write(file, waveform, audio.SAMPLE_RATE, format="WAV", subtype="PCM_16")
+    peaks = [float(np.abs(part).max()) for part in np.array_split(waveform, 300)]
+    return {
+        "id": utterance.id,
+        "set": name,
+        "speaker": utterance.speaker,
+        "seconds": utterance.duration,
+        "audio": "data:audio/wav;base64," + base64.b64encode(file.getvalue()).decode(),
+        "peaks": [round(peak / max(peaks), 3) for peak in peaks],
+        "reference": {
+            TRANSCRIBE: utterance.text,
+            **{code: utterance.translations[code] for code in LANGUAGES},
+        },
+        "answers": [{"model": model, "texts": texts} for model, texts in answers.items()],
+        "listening": listening(listener, waveform),
+    }
+
+
+def curve(file: Path) -> list[list[float]]:
+    """Steps and losses of a metrics.jsonl."""
+    rows = [json.loads(line) for line in file.read_text().splitlines()]
+    return [[row["step"], row["loss"]] for row in rows]
+
+
+def report(config: Config, data: Path, models: dict[str, tuple[Path, str]], curves: dict[str, Path]) -> None:
+    """Evaluates the models, and writes results.json and index.html into the run's folder.
+
+    models: name -> (model folder, description); the first is the one that the page shows listening.
+    """
+    tests = {name: read_manifest(data / name) for name in SETS}
+    listeners = {name: Listener.from_folder(folder) for name, (folder, _) in models.items()}
+    first = next(iter(listeners.values()))
+    scores, rows = {}, {}
+    for set_name, test in tests.items():
+        for name, listener in listeners.items():
+            print(f"{name}, {SETS[set_name]}:")
+            scores[name, set_name], rows[name, set_name] = evaluate(listener, test, LANGUAGES)
+        scores["from text", set_name], _ = evaluate(first, test, LANGUAGES, from_text=True)
+    by_model = {
+        name: {set_name: scores[name, set_name] for set_name in SETS} for name in (*models, "from text")
+    }
+    (config.run / "results.json").write_text(json.dumps(by_model, indent=1) + "\n")
+
+    cards = []
+    for set_name, test in tests.items():
+        for i, utterance in enumerate(test[:SHOWN]):
+            answers = {name: rows[name, set_name][i] for name in models}
+            answers = {name: {k: v for k, v in row.items() if k != "id"} for name, row in answers.items()}
+            cards.append(utterance_card(utterance, set_name, answers, first))
+    descriptions = {name: text for name, (_, text) in models.items()}
+    descriptions["from text"] = "the LLM reads the written sentence: what it could reach at best"
+    write_page(
+        config.run / "index.html",
+        {
+            "title": "A language model that has learned to listen",
+            "subtitle": SUBTITLE,
+            "languages": {TRANSCRIBE: "English", **{code: grammar.LANGUAGES[code] for code in LANGUAGES}},
+            "sets": SETS,
+            "models": [
+                {"name": name, "description": descriptions[name], "scores": by_set}
+                for name, by_set in by_model.items()
+            ],
+            "curves": [{"name": name, "points": curve(file)} for name, file in curves.items()],
+            "utterances": cards,
+            "commands": [{"say": say, "command": command.format(run=config.run)} for say, command in NEXT],
+        },
+    )
+    print()
+    print(table({f"{name}, {set_name}": scores[name, set_name] for name in by_model for set_name in SETS}))
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser("python -m sparqle_jax.demo", description=__doc__.split("\n")[0])
+    parser.add_argument("--from-scratch", action="store_true", help="both towers and stage 1 as well")
+    parser.add_argument("--run", type=Path, help="the run's folder (runs/demo or runs/from-scratch)")
+    parser.add_argument("--data", type=Path, help="where the speech goes (data/demo or data/tiny)")
+    parser.add_argument("--train", type=int, help="sentences to train on (3000 or 20000)")
+    parser.add_argument("--test", type=int, help="sentences of each test set (128 or 512)")
+    parser.add_argument("--steps", type=int, default=400, help="of stage 2, when not from scratch")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="as of train")
+    args = parser.parse_args(argv)
+    scratch = args.from_scratch
+    args.run = args.run or Path("runs/from-scratch" if scratch else "runs/demo")
+    data = args.data or Path("data/tiny" if scratch else "data/demo")
+    num_train = args.train or (20_000 if scratch else 3000)
+    num_test = args.test or (512 if scratch else 128)
+    what = (
+        "a HuBERT, a language model, both stages"
+        if scratch
+        else f"{args.steps} steps of stage 2 from the towers and the stage 1 in the package"
+    )
+    beside = "" if scratch else ", beside the adapter in the package, which has finished the same training"
+    print(
+        f"The miniature: {num_train} spoken sentences; {what}; a page that shows what was learned{beside}.\n"
+        f"About {'two hours' if scratch else 'four minutes'} on 2 cores, into {data} and {args.run}. "
+        "Ctrl-C stops; the same command goes on.",
+        flush=True,
+    )
+    try:
+        make_world(data, train=num_train, test=num_test, seed=args.seed)
+        models = args.run / "models" if scratch else MODELS
+        if scratch:
+            make_models(models, data, args.seed)
+        config = read_config(CONFIG, overrides(args, data, models))
+        train.run(config)
+        stage2 = config.run / "stage2"
+        steps = config.stage2.steps
+        shown = {"yours": (stage2, f"the adapter that was trained just now, {steps} steps of stage 2")}
+        curves = {"yours": stage2 / "metrics.jsonl"}
+        if not scratch:
+            shown["shipped"] = (
+                MODELS / "sparqle",
+                "the adapter in the package, which finished this training",
+            )
+            curves["shipped"] = MODELS / "sparqle" / "metrics.jsonl"
+        report(config, data, shown, curves)
+    except (train.Stopped, KeyboardInterrupt) as stopped:
+        print(f"{str(stopped) or 'stopped'}; the same command goes on from there.", file=sys.stderr)
+        return 130
+    except (ValueError, FileNotFoundError) as error:
+        parser.error(str(error))
+    print(f"\nThe page: {config.run / 'index.html'}   The numbers: {config.run / 'results.json'}")
+    print("Try next (in the environment: . .venv/bin/activate):")
+    for say, command in NEXT:
+        print(f"  {command.format(run=config.run)}   # {say}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

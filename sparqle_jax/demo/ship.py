@@ -1,0 +1,72 @@
+"""Puts what a run from scratch has trained into the package, in float16, with its provenance.
+
+python -m sparqle_jax.demo.ship runs/from-scratch
+"""
+
+import argparse
+import hashlib
+import json
+import shutil
+from pathlib import Path
+
+import numpy as np
+from safetensors import safe_open
+from safetensors.numpy import save_file
+
+from sparqle_jax.demo.__main__ import MODELS
+
+CURVE_POINTS = 200
+
+
+def to_float16(source: Path, target: Path) -> None:
+    """Copies a safetensors file, float32 tensors as float16."""
+    with safe_open(source, "np") as file:
+        tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+        metadata = file.metadata()
+    halves = {n: t.astype(np.float16) if t.dtype == np.float32 else t for n, t in tensors.items()}
+    save_file(halves, target, metadata)
+
+
+def ship_model(stage: Path, name: str) -> None:
+    """A model folder with the curve of its training, thinned out."""
+    folder = MODELS / name
+    folder.mkdir(parents=True, exist_ok=True)
+    to_float16(stage / "adapter.safetensors", folder / "adapter.safetensors")
+    settings = json.loads((stage / "model.json").read_text())
+    towers = {"encoder": "../hubert", "llm": "../llm"}
+    (folder / "model.json").write_text(json.dumps(settings | towers, indent=2) + "\n")
+    lines = (stage / "metrics.jsonl").read_text().splitlines()
+    kept = lines[:: max(1, len(lines) // CURVE_POINTS)]
+    (folder / "metrics.jsonl").write_text("".join(line + "\n" for line in kept))
+
+
+def main(argv: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser("python -m sparqle_jax.demo.ship", description=__doc__.split("\n")[0])
+    parser.add_argument("run", type=Path, help="the run's folder")
+    run = parser.parse_args(argv).run
+    MODELS.mkdir(exist_ok=True)
+    for name in ("hubert", "llm", "words"):
+        shutil.copytree(run / "models" / name, MODELS / name, dirs_exist_ok=True)
+    to_float16(run / "stage1" / "adapter.safetensors", MODELS / "stage1.safetensors")
+    ship_model(run / "stage2", "sparqle")
+    shutil.copy(run / "results.json", MODELS / "results.json")
+    write_provenance(json.loads((run / "config.json").read_text())["seed"])
+
+
+def write_provenance(seed: int) -> None:
+    """models/README.md: how every file was made, and its hash."""
+    files = sorted(path for path in MODELS.rglob("*") if path.is_file() and path.name != "README.md")
+    hashes = {path: hashlib.sha256(path.read_bytes()).hexdigest() for path in files}
+    rows = [f"| {path.relative_to(MODELS)} | {path.stat().st_size:,} | {hashes[path]} |" for path in files]
+    (MODELS / "README.md").write_text(
+        "# The miniature's weights\n\n"
+        f"Made by `python -m sparqle_jax.demo --from-scratch --seed {seed}`, and put here in float16 by\n"
+        "`python -m sparqle_jax.demo.ship`. `hubert` and `llm` are the frozen towers, `words` the tokenizer\n"
+        "of stage 1, `stage1.safetensors` the adapter after stage 1, `sparqle` a model folder: the adapter\n"
+        "after stage 2. `results.json` is that run's.\n\n"
+        "| file | bytes | SHA-256 |\n|---|---|---|\n" + "\n".join(rows) + "\n"
+    )
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,105 @@
+"""The demo through its command, on a setting that is smaller still."""
+
+import base64
+import hashlib
+import json
+import re
+
+import numpy as np
+import pytest
+
+from sparqle_jax import pretrained
+from sparqle_jax.demo import __main__ as demo
+from sparqle_jax.demo import encoder, language_model, ship
+
+
+def run_demo(run, data, *more: str) -> dict:
+    arguments = ["--run", str(run), "--data", str(data), "--train", "24", "--test", "8", "--steps", "3"]
+    small = ["--set", "stage2.batch_size=4", "--set", "stage2.log_every=1"]
+    assert demo.main([*arguments, *small, *more]) == 0
+    return json.loads((run / "results.json").read_text())
+
+
+def test_the_demo_leaves_its_page_and_numbers(small_world, tmp_path, capsys):
+    results = run_demo(tmp_path / "run", small_world)
+    assert results.keys() == {"yours", "shipped", "from text"}
+    for by_set in results.values():
+        assert by_set.keys() == {"heard", "unheard"}
+        for scores in by_set.values():
+            assert scores.keys() == {"transcribe", "fr", "de", "es"}
+    assert results["shipped"]["heard"]["transcribe"]["wer"] < results["yours"]["heard"]["transcribe"]["wer"]
+    assert (tmp_path / "run" / "stage2" / "checkpoints" / "3").is_dir()
+
+    page = (tmp_path / "run" / "index.html").read_text()
+    content = json.loads(re.search(r'type="application/json">(.*?)</script>', page, re.DOTALL)[1])
+    assert len(content["utterances"]) == 12
+    card = content["utterances"][0]
+    weights = np.frombuffer(base64.b64decode(card["listening"]["weights"]), np.uint8)
+    assert weights.size == card["listening"]["queries"] * card["listening"]["frames"]
+    assert card["listening"]["frames"] == pytest.approx(card["seconds"] * 50, abs=2)
+    assert base64.b64decode(card["audio"].split(",")[1])[:4] == b"RIFF"
+    assert [c["name"] for c in content["curves"]] == ["yours", "shipped"]
+    assert not re.findall(r'(?:src|href)="https?:', page)  # it works without a network
+
+    printed = capsys.readouterr().out
+    assert "About four minutes" in printed
+    assert "shipped, unheard" in printed
+    assert "python -m sparqle_jax.demo.say" in printed
+
+    again = run_demo(tmp_path / "again", small_world)
+    assert again == results  # the same seed, the same numbers
+
+
+def test_towers_are_made_by_their_commands(small_world, tmp_path, monkeypatch):
+    monkeypatch.setattr(encoder, "CLUSTERS", 8)
+    monkeypatch.setattr(encoder, "CROP", 40)
+    small = ["--steps", "2", "2", "--batch-size", "2", "--width", "32", "--layers", "2"]
+    encoder.main([str(small_world / "train"), str(tmp_path / "hubert"), *small])
+    hubert = pretrained.load_hubert(tmp_path / "hubert")
+    assert hubert.config.hidden_size == 32
+
+    monkeypatch.setattr(language_model, "SENTENCES", 200)
+    small = ["--steps", "2", "--batch-size", "2", "--width", "32", "--layers", "1"]
+    language_model.main([str(tmp_path / "llm"), *small])
+    assert pretrained.load_decoder(tmp_path / "llm").config.vocab_size == language_model.VOCAB_SIZE
+
+
+def test_mfccs_have_a_row_for_every_frame():
+    config = pretrained.load_hubert(demo.MODELS / "hubert").config
+    for num_samples in (400, 719, 720, 16_000, 33_333):
+        waveform = np.random.default_rng(0).normal(size=num_samples).astype(np.float32)
+        assert encoder.mfcc(np.pad(waveform, (0, 640)))[: config.num_frames(num_samples)].shape == (
+            config.num_frames(num_samples),
+            39,
+        )
+
+
+def test_a_blurred_sentence_keeps_its_tokens_in_order():
+    for seed in range(20):
+        weights = language_model.spread([3, 5, 2, 7], 24, np.random.default_rng(seed))
+        assert weights.shape == (24, 4)
+        assert (weights.sum(1) <= 1 + 1e-6).all()
+        centres = (weights * np.arange(24)[:, None]).sum(0) / weights.sum(0)
+        assert (np.diff(centres) > 0).all()
+
+
+def test_what_is_shipped_is_small_and_is_what_its_list_says():
+    listed = dict(
+        re.findall(r"^\| (\S+) \| [\d,]+ \| (\w{64}) \|$", (demo.MODELS / "README.md").read_text(), re.M)
+    )
+    files = {str(p.relative_to(demo.MODELS)): p for p in demo.MODELS.rglob("*") if p.is_file()}
+    assert set(listed) == set(files) - {"README.md"}
+    for name, digest in listed.items():
+        assert hashlib.sha256(files[name].read_bytes()).hexdigest() == digest, name
+    assert sum(path.stat().st_size for path in files.values()) < 20e6
+
+
+def test_shipping_halves_the_adapter(tmp_path):
+    from safetensors.numpy import load_file, save_file
+
+    tensors = {"a": np.ones((2, 2), np.float32), "position_ids": np.arange(4)}
+    save_file(tensors, tmp_path / "a.safetensors", {"qformer": "{}"})
+    ship.to_float16(tmp_path / "a.safetensors", tmp_path / "b.safetensors")
+    halves = load_file(tmp_path / "b.safetensors")
+    assert halves["a"].dtype == np.float16
+    assert halves["position_ids"].dtype == np.int64
