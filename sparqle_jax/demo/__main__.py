@@ -23,7 +23,7 @@ from sparqle_jax import audio, train
 from sparqle_jax.config import Config, read_config
 from sparqle_jax.data.manifest import Utterance, read_manifest
 from sparqle_jax.data.pipeline import TRANSCRIBE
-from sparqle_jax.demo import encoder, grammar, language_model, words
+from sparqle_jax.demo import grammar
 from sparqle_jax.demo.page import write_page
 from sparqle_jax.demo.world import make_world
 from sparqle_jax.evaluate import evaluate, table
@@ -58,6 +58,9 @@ NEXT = (
 
 def make_models(folder: Path, data: Path, seed: int) -> None:
     """Trains both towers, and makes the adapter's tokenizer, where they are not there yet."""
+    # Here, because scikit-learn is not in the environment that `make demo` makes.
+    from sparqle_jax.demo import encoder, language_model, words
+
     arguments = [f"--seed={seed}"]
     if not (folder / "words" / "tokenizer.json").is_file():
         words.main([str(folder / "words")])
