@@ -42,7 +42,7 @@ def test_the_demo_leaves_its_page_and_numbers(small_world, tmp_path, capsys):
     assert not re.findall(r'(?:src|href)="https?:', page)  # it works without a network
 
     printed = capsys.readouterr().out
-    assert "About four minutes" in printed
+    assert "About five minutes" in printed
     assert "shipped, unheard" in printed
     assert "python -m sparqle_jax.demo.say" in printed
 

@@ -85,7 +85,7 @@ def overrides(args: argparse.Namespace, data: Path, models: Path) -> list[str]:
     if not args.from_scratch:
         start = models / "stage1.safetensors"
         changes += ["stage1=null", f"adapter.start={start}", "adapter.sizes={}", f"stage2.steps={args.steps}"]
-        changes += ["stage2.save_every=100"]
+        changes += ["stage2.save_every=100", "stage2.batch_size=16", "stage2.optim.warmup_steps=50"]
     return changes + args.set
 
 
@@ -193,7 +193,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--data", type=Path, help="where the speech goes (data/demo or data/tiny)")
     parser.add_argument("--train", type=int, help="sentences to train on (3000 or 20000)")
     parser.add_argument("--test", type=int, help="sentences of each test set (128 or 512)")
-    parser.add_argument("--steps", type=int, default=400, help="of stage 2, when not from scratch")
+    parser.add_argument("--steps", type=int, default=800, help="of stage 2, when not from scratch")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="as of train")
     args = parser.parse_args(argv)
@@ -210,7 +210,7 @@ def main(argv: list[str] | None = None) -> int:
     beside = "" if scratch else ", beside the adapter in the package, which has finished the same training"
     print(
         f"The miniature: {num_train} spoken sentences; {what}; a page that shows what was learned{beside}.\n"
-        f"About {'two hours' if scratch else 'four minutes'} on 2 cores, into {data} and {args.run}. "
+        f"About {'two hours' if scratch else 'five minutes'} on 2 cores, into {data} and {args.run}. "
         "Ctrl-C stops; the same command goes on.",
         flush=True,
     )
