@@ -16,6 +16,7 @@ def get_config() -> Config:
             train=Path("data/tiny/train"),
             test={"heard": Path("data/tiny/heard"), "unheard": Path("data/tiny/unheard")},
             max_seconds=3.0,
+            frames=Path("data/tiny/frames"),
         ),
         adapter=AdapterConfig(
             tokenizer=MODELS / "words",

@@ -12,6 +12,7 @@ import soxr
 from sparqle_jax.compat import Compat, check_compat
 
 SAMPLE_RATE = 16_000
+FRAME_SECONDS = 0.02  # a frame of HuBERT: 320 samples
 
 
 def read(file: str | Path) -> np.ndarray:

@@ -75,12 +75,16 @@ class AdapterConfig(Model):
 class DataConfig(Model):
     """Data sets (see data/manifest.py): one to train on, any number to evaluate on.
 
-    max_seconds: to which recordings are padded; a longer one is an error.
+    max_seconds: to which recordings are padded; a longer one is an error. frames: a folder for what
+    the frozen encoder makes of the training data, float16, 100 * max_seconds * width bytes for each
+    recording: computed before the first step, once for all runs; None: the encoder hears each batch as it
+    comes.
     """
 
     train: Path
     test: dict[str, Path] = {}
     max_seconds: Annotated[float, pydantic.Field(gt=0)] = 30.0
+    frames: Path | None = None
 
 
 class Config(Model):

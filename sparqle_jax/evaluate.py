@@ -28,7 +28,7 @@ def evaluate(
     *,
     from_text: bool = False,
 ) -> tuple[dict[str, Any], list[dict[str, str]]]:
-    """Scores by task, and every utterance's answers.
+    """Scores by task, and for every utterance its answers by task.
 
     from_text: the LLM reads the written text instead of hearing it: what it could reach at best. Scores are
     those of `score`, for "transcribe" and each language. Raises ValueError for a missing reference.
@@ -39,23 +39,20 @@ def evaluate(
     progress = tqdm.tqdm(
         total=len(utterances) * len(tasks), desc="evaluate" + " from text" * from_text, unit="answer"
     )
-    for start in range(0, len(utterances), BATCH_SIZE):
-        some = utterances[start : start + BATCH_SIZE]
+    batch_size = min(BATCH_SIZE, len(utterances))
+    for start in range(0, len(utterances), batch_size):
+        some = utterances[start : start + batch_size]
         waveforms = None if from_text else [audio.read(utterance.audio) for utterance in some]
         for task in tasks:
             if waveforms is None:
                 texts = [utterance.text for utterance in some]
-                answers[task] += listener.answer_text(texts, task, batch_size=BATCH_SIZE)
+                answers[task] += listener.answer_text(texts, task, batch_size=batch_size)
             else:
-                answers[task] += listener.answer(waveforms, task, batch_size=BATCH_SIZE)
+                answers[task] += listener.answer(waveforms, task, batch_size=batch_size)
             progress.update(len(some))
     progress.close()
     scores = {task: score(task, references[task], answers[task]) for task in tasks}
-    rows = [
-        {"id": utterance.id, **{task: answers[task][i] for task in tasks}}
-        for i, utterance in enumerate(utterances)
-    ]
-    return scores, rows
+    return scores, [{task: answers[task][i] for task in tasks} for i in range(len(utterances))]
 
 
 def score(task: str, references: Sequence[str], answers: Sequence[str]) -> dict[str, float]:
@@ -99,11 +96,12 @@ def main(argv: list[str] | None = None) -> None:
     args = parser.parse_args(argv)
     try:
         utterances, listener = read_manifest(args.data), Listener.from_folder(args.model)
-        scores, rows = evaluate(listener, utterances, args.translate, from_text=args.from_text)
+        scores, answers = evaluate(listener, utterances, args.translate, from_text=args.from_text)
     except (ValueError, FileNotFoundError) as error:
         parser.error(str(error))
     print(table({args.data.name: scores}))
     if args.output:
+        rows = [{"id": u.id, **texts} for u, texts in zip(utterances, answers, strict=True)]
         args.output.write_text(json.dumps({"scores": scores, "answers": rows}, indent=1, ensure_ascii=False))
 
 

@@ -123,8 +123,7 @@ class Aligner(nnx.Module):
 
         negatives: the indices of the hard negatives, in place of drawing them (see `matching_logits`).
         """
-        frames, frames_mask = self.encoder(batch["waveform"], batch.get("waveform_mask"))
-        frames = jax.lax.stop_gradient(frames)
+        frames, frames_mask = encode_speech(self.encoder, batch)
         text, text_mask, ids = (jnp.asarray(batch[k]) for k in ("text", "text_mask", "recording_id"))
         negatives_key, *keys = jax.random.split(key, 5)
         speech_key, text_key, pairs_key, causal_key = keys if train else [None] * 4
@@ -157,9 +156,10 @@ class Aligner(nnx.Module):
 class SparQLe(nnx.Module):
     """Stage 2 and inference: the frozen LLM reads BOS, prompt, speech, prompt, and answers.
 
-    batch: waveform float [B, S], waveform_mask bool [B, S]; before and after int [B, L], padded on
-    the left, and answer int [B, L], padded on the right, each with its `_mask`. So the prompt ends,
-    and the answer begins, in the same column for all; what is padded is neither seen nor counted.
+    batch: waveform float [B, S], waveform_mask bool [B, S], or the encoder's frames of them (see
+    `encode_speech`); before and after int [B, L], padded on the left, and answer int [B, L], padded on the
+    right, each with its `_mask`. So the prompt ends, and the answer begins, in the same column for all; what
+    is padded is neither seen nor counted.
 
     compat="published" runs the encoder and the adapter as the published PyTorch code does: with its inverted
     mask, so give it one recording at a time, without padding, as that code is used.
@@ -192,22 +192,21 @@ class SparQLe(nnx.Module):
         projection = make_projection(config.hidden_size, llm.config.hidden_size, dtype=llm.dtype, rngs=rngs)
         return cls(aligner.encoder, adapter, projection, llm)
 
-    def embed_speech(
-        self, waveform: jax.Array, waveform_mask: jax.Array | None = None, key: jax.Array | None = None
-    ) -> jax.Array:
-        """waveform [B, S] -> what the LLM reads in its place [B, Q, M]. With a key, dropout is on."""
-        frames, frames_mask = self.encoder(waveform, waveform_mask, compat=self.compat)
+    def embed_speech(self, batch: Batch, key: jax.Array | None = None) -> jax.Array:
+        """What the LLM reads in place of the speech of a batch, [B, Q, M]. With a key, dropout is on."""
+        frames, frames_mask = encode_speech(self.encoder, batch, self.compat)
         if self.compat == "published":
             frames_mask = None  # the published Q-Former looks at padding as well
-        return self.projection(self.adapter(jax.lax.stop_gradient(frames), frames_mask, key))
+        return self.projection(self.adapter(frames, frames_mask, key))
 
     def embed_prompt(self, batch: Batch, key: jax.Array | None = None) -> tuple[jax.Array, jax.Array]:
         """All that the LLM reads before it answers: embeddings [B, L, M] and their mask bool [B, L].
 
-        A batch without a waveform has no speech: the LLM then answers to the text of the prompt alone.
+        A batch without waveform and frames has no speech: the LLM then answers to the text of the prompt
+        alone.
         """
-        if "waveform" in batch:
-            speech = self.embed_speech(batch["waveform"], batch.get("waveform_mask"), key)
+        if "waveform" in batch or "frames" in batch:
+            speech = self.embed_speech(batch, key)
         else:
             speech = jnp.zeros((len(batch["before"]), 0, self.llm.config.hidden_size), self.llm.dtype)
         return join_prompt(self.llm, batch, speech, jnp.ones(speech.shape[:2], bool))
@@ -219,6 +218,18 @@ class SparQLe(nnx.Module):
         prompt, prompt_mask = self.embed_prompt(batch, key if train else None)
         loss = answer_loss(self.llm, prompt, prompt_mask, batch["answer"], batch["answer_mask"])
         return loss, {"tokens": batch["answer_mask"].sum()}
+
+
+def encode_speech(encoder: Hubert, batch: Batch, compat: Compat = None) -> tuple[jax.Array, jax.Array | None]:
+    """The frozen encoder's frames [B, T, D] of a batch, and their mask bool [B, T].
+
+    They are the batch's own, frames [B, T, D] and frames_mask, where it has them (`data.frames`), or else
+    computed from its waveform [B, S] and waveform_mask.
+    """
+    if "frames" in batch:
+        return jnp.asarray(batch["frames"], encoder.dtype), batch["frames_mask"]
+    frames, frames_mask = encoder(batch["waveform"], batch.get("waveform_mask"), compat=compat)
+    return jax.lax.stop_gradient(frames), frames_mask
 
 
 def join_prompt(

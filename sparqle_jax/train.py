@@ -11,6 +11,7 @@ command again goes on from the last checkpoint; it ends with the numbers of a ru
 import argparse
 import dataclasses
 import functools
+import itertools
 import json
 import math
 import signal
@@ -33,6 +34,7 @@ from transformers import AutoTokenizer
 from sparqle_jax import audio, pretrained, prompts
 from sparqle_jax.adapters.qformer import QFormer, QFormerConfig
 from sparqle_jax.config import Config, OptimConfig, StageConfig, read_config
+from sparqle_jax.data.frames import keep_frames
 from sparqle_jax.data.manifest import Utterance, read_manifest
 from sparqle_jax.data.pipeline import (
     TRANSCRIBE,
@@ -194,7 +196,11 @@ class _Log:
         last_step, last_time = self.last
         self.last = (step, time.monotonic())
         per_second = (step - last_step) / max(self.last[1] - last_time, 1e-9)
-        seconds = float(batch["waveform_mask"].sum()) / audio.SAMPLE_RATE
+        seconds = (
+            float(batch["frames_mask"].sum()) * audio.FRAME_SECONDS
+            if "frames" in batch
+            else float(batch["waveform_mask"].sum()) / audio.SAMPLE_RATE
+        )
         values = metrics | {"lr": lr, "audio_seconds_per_second": seconds * per_second}
         with open(self.file, "a") as file:
             file.write(json.dumps({"step": step, **values}) + "\n")
@@ -207,10 +213,10 @@ class _Log:
 def run(config: Config) -> dict[str, Any]:
     """Trains all stages of a configuration and returns their scores; see the module.
 
-    All that can be wrong with folders, sizes, texts and vocabularies is found before the first step:
-    FileNotFoundError and ValueError say what to change. Raises Stopped as `train` does.
+    All that can be wrong with folders, sizes, texts and vocabularies is found before the first step, and
+    leaves no trace: FileNotFoundError and ValueError say what to change. Raises Stopped as `train` does.
     """
-    _claim(config)
+    _check_folder(config)
     rngs = nnx.Rngs(config.seed)
     dtype = jnp.dtype(config.dtype)
     extractor = audio.FeatureExtractor.from_folder(config.encoder)
@@ -218,16 +224,17 @@ def run(config: Config) -> dict[str, Any]:
     utterances = read_manifest(config.data.train)
     tests = {name: read_manifest(folder) for name, folder in config.data.test.items()}
     waveforms = Waveforms(utterances, extractor, config.data.max_seconds)
-    aligner = None
+    test_waveforms = {
+        name: Waveforms(test, extractor, config.data.max_seconds) for name, test in tests.items()
+    }
+    aligner = alignment = instruction = None
     if config.stage1 is not None:
         tokenizer = AutoTokenizer.from_pretrained(config.adapter.tokenizer)
         aligner = _make_aligner(config, encoder, tokenizer, rngs)
         vocab_size = aligner.adapter.config.vocab_size
         alignment = AlignmentExamples(utterances, waveforms, tokenizer, vocab_size)
         alignment_tests = {
-            name: AlignmentExamples(
-                test, Waveforms(test, extractor, config.data.max_seconds), tokenizer, vocab_size
-            )
+            name: AlignmentExamples(test, test_waveforms[name], tokenizer, vocab_size)
             for name, test in tests.items()
         }
         _try(aligner, alignment, config.stage1.batch_size)
@@ -236,17 +243,22 @@ def run(config: Config) -> dict[str, Any]:
         vocab_size = llm.config.vocab_size
         prompter = prompts.Prompter.from_folder(config.llm, vocab_size)
         instruction = InstructionExamples(utterances, waveforms, prompter, vocab_size, config.stage2.tasks)
-        for test in tests.values():
-            Waveforms(test, extractor, config.data.max_seconds)
-            for task in (TRANSCRIBE, *config.test_languages):
-                [answer_of(utterance, task) for utterance in test]
+        for task in (TRANSCRIBE, *config.test_languages):
+            for utterance in itertools.chain(*tests.values()):
+                answer_of(utterance, task)
         model = (
             _make_sparqle(config, encoder, llm, rngs)
             if aligner is None
             else SparQLe.from_aligner(aligner, llm, rngs=rngs)
         )
         _try(model, instruction, config.stage2.batch_size)
+    if config.data.frames is not None:
+        frames = keep_frames(config.data.frames, waveforms, encoder)
+        for examples in (alignment, instruction):
+            if examples is not None:
+                examples.speech = frames
 
+    _claim_folder(config)
     results = {}
     if aligner is not None:
         folder = _stage_folder(config, "stage1")
@@ -283,21 +295,21 @@ def _try(model: Aligner | SparQLe, examples: Examples, batch_size: int) -> None:
     jax.eval_shape(lambda state, key: nnx.merge(graph, state).loss(batch, key), state, jax.random.key(0))
 
 
-def _claim(config: Config) -> None:
-    """Makes the run's folder, or sees to it that the one that is there is of this very run."""
+def _check_folder(config: Config) -> None:
+    """Raises ValueError when the run's folder holds a run with another configuration."""
     file = config.run / "config.json"
     if file.is_file():
-        there = json.loads(file.read_text())
-        wanted = config.model_dump(mode="json")
-        if there != wanted:
-            keys = ", ".join(_differences(there, wanted))
+        differences = _differences(json.loads(file.read_text()), config.model_dump(mode="json"))
+        if differences:
             raise ValueError(
-                f"{config.run} holds a run with another configuration (other: {keys}): choose another folder "
-                "with --set run=FOLDER, or delete that one."
+                f"{config.run} holds a run with another configuration (other: {', '.join(differences)}): "
+                "choose another folder with --set run=FOLDER, or delete that one."
             )
-        return
+
+
+def _claim_folder(config: Config) -> None:
     config.run.mkdir(parents=True, exist_ok=True)
-    file.write_text(config.model_dump_json(indent=2) + "\n")
+    (config.run / "config.json").write_text(config.model_dump_json(indent=2) + "\n")
 
 
 def _differences(a: Any, b: Any, key: str = "") -> list[str]:

@@ -80,8 +80,9 @@ def test_published_behaviour(tiny, sparqle):
         (numbers["wav"], None, numbers["frames_published_unpadded"]),
     ):
         expected = sparqle.projection(call(sparqle.adapter.__call__, frames))
-        np.testing.assert_allclose(call(published.embed_speech, waveform, given_mask), expected, atol=1e-4)
-        exact = call(sparqle.embed_speech, waveform, given_mask)
+        batch = {"waveform": waveform} | ({} if given_mask is None else {"waveform_mask": given_mask})
+        np.testing.assert_allclose(call(published.embed_speech, batch), expected, atol=1e-4)
+        exact = call(sparqle.embed_speech, batch)
         assert np.abs(exact - expected).max() > 1e-3
     with pytest.raises(ValueError, match=r"compat must be one of \[None, 'published'\], got 'paper'"):
         SparQLe(sparqle.encoder, sparqle.adapter, sparqle.projection, sparqle.llm, compat="paper")
@@ -116,13 +117,22 @@ def test_padding_may_hold_anything(aligner, sparqle):
         assert np.isnan(call(model.loss, outside, KEY, train=False)[0])
 
 
+def test_frames_in_a_batch_stand_for_its_waveform(aligner, sparqle):
+    rng = np.random.default_rng(0)
+    for model, batch in ((aligner, stage1_batch(rng)), (sparqle, stage2_batch(rng))):
+        expected, _ = call(model.loss, batch, KEY, train=False)
+        frames, mask = call(model.encoder.__call__, batch.pop("waveform"), batch.pop("waveform_mask"))
+        loss, _ = call(model.loss, batch | {"frames": frames, "frames_mask": mask}, KEY, train=False)
+        np.testing.assert_allclose(loss, expected, rtol=1e-5)
+
+
 def test_stage_2_starts_from_stage_1(aligner, sparqle):
     """The same adapter without its text half; speech goes through it as before."""
     started = SparQLe.from_aligner(aligner, sparqle.llm, rngs=nnx.Rngs(0))
     waveform = np.random.default_rng(0).normal(size=(1, 1600)).astype(np.float32)
     frames, _ = call(aligner.encoder.__call__, waveform)
     expected = started.projection(call(aligner.adapter.__call__, frames))
-    np.testing.assert_allclose(call(started.embed_speech, waveform), expected, atol=1e-5)
+    np.testing.assert_allclose(call(started.embed_speech, {"waveform": waveform}), expected, atol=1e-5)
     assert not started.adapter.config.text
     names = {path[1] for path, _ in nnx.to_flat_state(partition(started)[1]) if path[0] == "adapter"}
     assert names == {"frames_norm", "query_tokens", "embeddings_norm", "layers"}

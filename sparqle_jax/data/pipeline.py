@@ -44,6 +44,12 @@ def batches(examples: Examples, batch_size: int, *, seed: int, start: int = 0) -
     return iter(dataset.to_iter_dataset(grain.ReadOptions(num_threads=4, prefetch_buffer_size=16)))
 
 
+class Speech(Protocol):
+    """The speech of a data set: for each utterance, by number, what an encoder or an adapter takes of it."""
+
+    def __getitem__(self, index: int) -> Arrays: ...
+
+
 class Waveforms:
     """The recordings of a data set, as the encoder wants them, padded to one length.
 
@@ -63,6 +69,9 @@ class Waveforms:
         self.utterances, self.extractor = utterances, extractor
         self.num_samples = round(max_seconds * audio.SAMPLE_RATE)
 
+    def __len__(self) -> int:
+        return len(self.utterances)
+
     def __getitem__(self, index: int) -> Arrays:
         """waveform float32 [S] and waveform_mask bool [S]. Raises ValueError naming the utterance."""
         utterance = self.utterances[index]
@@ -75,13 +84,14 @@ class Waveforms:
 
 
 class AlignmentExamples:
-    """Stage 1: waveform, the adapter's tokens of the text, and recording_id, equal for equal texts."""
+    """Stage 1: speech, the adapter's tokens of the text, and recording_id, equal for equal texts.
 
-    def __init__(
-        self, utterances: Sequence[Utterance], waveforms: Waveforms, tokenizer: Any, vocab_size: int
-    ):
+    speech: `Waveforms`, or the `Frames` of these utterances.
+    """
+
+    def __init__(self, utterances: Sequence[Utterance], speech: Speech, tokenizer: Any, vocab_size: int):
         texts = [utterance.text for utterance in utterances]
-        self.waveforms = waveforms
+        self.speech = speech
         self.texts = prompts.collate_texts(tokenizer, texts, vocab_size=vocab_size)
         number = {text: i for i, text in enumerate(dict.fromkeys(texts))}
         self.recording_ids = np.array([number[text] for text in texts], np.int32)
@@ -91,25 +101,26 @@ class AlignmentExamples:
 
     def example(self, index: int, rng: np.random.Generator) -> Arrays:
         texts = {name: rows[index] for name, rows in self.texts.items()}
-        return self.waveforms[index] | texts | {"recording_id": self.recording_ids[index]}
+        return self.speech[index] | texts | {"recording_id": self.recording_ids[index]}
 
 
 class InstructionExamples:
-    """Stage 2: waveform, an instruction around it, and the answer.
+    """Stage 2: speech, an instruction around it, and the answer.
 
-    tasks: "transcribe" and codes of languages, with the weights by which they are drawn. Raises ValueError
-    for utterances that have no translation into one of them, naming them.
+    speech: `Waveforms`, or the `Frames` of these utterances. tasks: "transcribe" and codes of languages, with
+    the weights by which they are drawn. Raises ValueError for utterances that have no translation into one
+    of them, naming them.
     """
 
     def __init__(
         self,
         utterances: Sequence[Utterance],
-        waveforms: Waveforms,
+        speech: Speech,
         prompter: prompts.Prompter,
         vocab_size: int,
         tasks: Mapping[str, float],
     ):
-        self.waveforms, self.num = waveforms, len(utterances)
+        self.speech, self.num = speech, len(utterances)
         self.tasks = list(tasks)
         self.shares = np.array(list(tasks.values())) / sum(tasks.values())
         answers = [prompter.answer(answer_of(u, task)) for task in self.tasks for u in utterances]
@@ -127,7 +138,7 @@ class InstructionExamples:
         number = rng.choice(self.numbers[task])
         asked = {name: rows[number] for name, rows in self.asked.items()}
         answer = {name: rows[task * self.num + index] for name, rows in self.answers.items()}
-        return self.waveforms[index] | asked | answer
+        return self.speech[index] | asked | answer
 
 
 def instructions(task: str) -> list[str]:

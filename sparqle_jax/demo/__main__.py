@@ -11,6 +11,7 @@ import base64
 import io
 import json
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -79,6 +80,7 @@ def overrides(args: argparse.Namespace, data: Path, models: Path) -> list[str]:
         f"llm={models / 'llm'}",
         f"adapter.tokenizer={models / 'words'}",
         f"data.train={data / 'train'}",
+        f"data.frames={data / 'frames'}",
         "data.test={}",
         "stage2.evaluate=false",
     ]
@@ -89,37 +91,40 @@ def overrides(args: argparse.Namespace, data: Path, models: Path) -> list[str]:
     return changes + args.set
 
 
-def listening(listener: Listener, waveform: np.ndarray) -> dict[str, Any]:
-    """Which frames each query reads, the mean of the layers, as the page takes it."""
+def make_listening(listener: Listener) -> Callable[[np.ndarray], dict[str, Any]]:
+    """The function that says which frames each query reads, the mean of the layers, as the page takes it."""
     graph, state = nnx.split(listener.model)
 
+    @jax.jit
     def weights(state: nnx.State, waveform: jax.Array, mask: jax.Array) -> jax.Array:
         model = nnx.merge(graph, state)
         frames, frames_mask = model.encoder(waveform, mask)
         return model.adapter.listening(frames, frames_mask).mean(0)[0]
 
-    padded, mask = audio.pad([listener.extractor(waveform)], round(listener.max_seconds * audio.SAMPLE_RATE))
-    num_frames = listener.model.encoder.config.num_frames(len(waveform))
-    values = np.asarray(jax.jit(weights)(state, padded, mask))[:, :num_frames]
-    levels = np.round(255 * values / values.max()).astype(np.uint8)
-    return {
-        "queries": levels.shape[0],
-        "frames": levels.shape[1],
-        "weights": base64.b64encode(levels.tobytes()).decode(),
-    }
+    def listening(waveform: np.ndarray) -> dict[str, Any]:
+        num_samples = round(listener.max_seconds * audio.SAMPLE_RATE)
+        padded, mask = audio.pad([listener.extractor(waveform)], num_samples)
+        num_frames = listener.model.encoder.config.num_frames(len(waveform))
+        values = np.asarray(weights(state, padded, mask))[:, :num_frames]
+        levels = np.round(255 * values / values.max()).astype(np.uint8)
+        return {
+            "queries": levels.shape[0],
+            "frames": levels.shape[1],
+            "weights": base64.b64encode(levels.tobytes()).decode(),
+        }
+
+    return listening
 
 
 def utterance_card(
-    utterance: Utterance, name: str, answers: dict[str, dict[str, str]], listener: Listener
+    utterance: Utterance, waveform: np.ndarray, answers: dict[str, dict[str, str]]
 ) -> dict[str, Any]:
-    """One utterance as the page takes it: audio, outline, reference, answers, what the queries read."""
-    waveform = audio.read(utterance.audio)
+    """One utterance as the page takes it: audio, outline, reference, and answers by model and task."""
     file = io.BytesIO()
     soundfile.write(file, waveform, audio.SAMPLE_RATE, format="WAV", subtype="PCM_16")
     peaks = [float(np.abs(part).max()) for part in np.array_split(waveform, 300)]
     return {
         "id": utterance.id,
-        "set": name,
         "speaker": utterance.speaker,
         "seconds": utterance.duration,
         "audio": "data:audio/wav;base64," + base64.b64encode(file.getvalue()).decode(),
@@ -129,7 +134,6 @@ def utterance_card(
             **{code: utterance.translations[code] for code in LANGUAGES},
         },
         "answers": [{"model": model, "texts": texts} for model, texts in answers.items()],
-        "listening": listening(listener, waveform),
     }
 
 
@@ -147,23 +151,24 @@ def report(config: Config, data: Path, models: dict[str, tuple[Path, str]], curv
     tests = {name: read_manifest(data / name) for name in SETS}
     listeners = {name: Listener.from_folder(folder) for name, (folder, _) in models.items()}
     first = next(iter(listeners.values()))
-    scores, rows = {}, {}
+    by_model: dict[str, Any] = {name: {} for name in models}
+    answers = {}
     for set_name, test in tests.items():
         for name, listener in listeners.items():
             print(f"{name}, {SETS[set_name]}:")
-            scores[name, set_name], rows[name, set_name] = evaluate(listener, test, LANGUAGES)
-        scores["from text", set_name], _ = evaluate(first, test, LANGUAGES, from_text=True)
-    by_model = {
-        name: {set_name: scores[name, set_name] for set_name in SETS} for name in (*models, "from text")
-    }
+            by_model[name][set_name], answers[name, set_name] = evaluate(listener, test, LANGUAGES)
+    # The sets differ in their voices alone: their sentences are the same.
+    from_text, _ = evaluate(first, next(iter(tests.values())), LANGUAGES, from_text=True)
+    by_model["from text"] = dict.fromkeys(SETS, from_text)
     (config.run / "results.json").write_text(json.dumps(by_model, indent=1) + "\n")
 
+    listening = make_listening(first)
     cards = []
     for set_name, test in tests.items():
         for i, utterance in enumerate(test[:SHOWN]):
-            answers = {name: rows[name, set_name][i] for name in models}
-            answers = {name: {k: v for k, v in row.items() if k != "id"} for name, row in answers.items()}
-            cards.append(utterance_card(utterance, set_name, answers, first))
+            waveform = audio.read(utterance.audio)
+            card = utterance_card(utterance, waveform, {name: answers[name, set_name][i] for name in models})
+            cards.append(card | {"set": set_name, "listening": listening(waveform)})
     descriptions = {name: text for name, (_, text) in models.items()}
     descriptions["from text"] = "the LLM reads the written sentence: what it could reach at best"
     write_page(
@@ -179,11 +184,11 @@ def report(config: Config, data: Path, models: dict[str, tuple[Path, str]], curv
             ],
             "curves": [{"name": name, "points": curve(file)} for name, file in curves.items()],
             "utterances": cards,
-            "commands": [{"say": say, "command": command.format(run=config.run)} for say, command in NEXT],
+            "commands": [{"say": say, "command": command} for say, command in NEXT],
         },
     )
     print()
-    print(table({f"{name}, {set_name}": scores[name, set_name] for name in by_model for set_name in SETS}))
+    print(table({f"{name}, {set_name}": by_model[name][set_name] for name in by_model for set_name in SETS}))
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -240,7 +245,7 @@ def main(argv: list[str] | None = None) -> int:
     print(f"\nThe page: {config.run / 'index.html'}   The numbers: {config.run / 'results.json'}")
     print("Try next (in the environment: . .venv/bin/activate):")
     for say, command in NEXT:
-        print(f"  {command.format(run=config.run)}   # {say}")
+        print(f"  {command}   # {say}")
     return 0
 
 

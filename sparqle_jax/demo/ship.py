@@ -1,6 +1,6 @@
 """Puts what a run from scratch has trained into the package, in float16, with its provenance.
 
-python -m sparqle_jax.demo.ship runs/from-scratch
+python -m sparqle_jax.demo.ship runs/from-scratch --study runs/study
 """
 
 import argparse
@@ -43,13 +43,18 @@ def ship_model(stage: Path, name: str) -> None:
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser("python -m sparqle_jax.demo.ship", description=__doc__.split("\n")[0])
     parser.add_argument("run", type=Path, help="the run's folder")
-    run = parser.parse_args(argv).run
+    parser.add_argument("--study", type=Path, help="the folder of demo.study, for results.json")
+    args = parser.parse_args(argv)
+    run, study = args.run, args.study
     MODELS.mkdir(exist_ok=True)
     for name in ("hubert", "llm", "words"):
         shutil.copytree(run / "models" / name, MODELS / name, dirs_exist_ok=True)
     to_float16(run / "stage1" / "adapter.safetensors", MODELS / "stage1.safetensors")
     ship_model(run / "stage2", "sparqle")
-    shutil.copy(run / "results.json", MODELS / "results.json")
+    results = json.loads((run / "results.json").read_text())
+    if study is not None:
+        results |= json.loads((study / "results.json").read_text())
+    (MODELS / "results.json").write_text(json.dumps(results, indent=1) + "\n")
     write_provenance(json.loads((run / "config.json").read_text())["seed"])
 
 
@@ -63,7 +68,9 @@ def write_provenance(seed: int) -> None:
         f"Made by `python -m sparqle_jax.demo --from-scratch --seed {seed}`, and put here in float16 by\n"
         "`python -m sparqle_jax.demo.ship`. `hubert` and `llm` are the frozen towers, `words` the tokenizer\n"
         "of stage 1, `stage1.safetensors` the adapter after stage 1, `sparqle` a model folder: the adapter\n"
-        "after stage 2. `results.json` is that run's.\n\n"
+        "after stage 2. `results.json` has that run's scores as `yours`, those of the LLM that reads the\n"
+        "written sentences as `from text`, and those of the controls and ablations of\n"
+        "`python -m sparqle_jax.demo.study controls ablations` under their names.\n\n"
         "| file | bytes | SHA-256 |\n|---|---|---|\n" + "\n".join(rows) + "\n"
     )
 

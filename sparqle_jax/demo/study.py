@@ -1,15 +1,15 @@
 """Controls and ablations of the miniature: the same training with one thing changed.
 
-    python -m sparqle_jax.demo.study --list
-    python -m sparqle_jax.demo.study full translations random-encoder no-stage-1
-    python -m sparqle_jax.demo.study --short full stc stm stg stc+stm stc+stg stm+stg
+    python -m sparqle_jax.demo.study              # lists them
+    python -m sparqle_jax.demo.study controls     # or ablations, or single ones by name
 
-Each variant is a run of configs/tiny.py in its own folder, on the speech in data/tiny; a finished one
-is not run again. Prints a table in Markdown, and writes the scores to results.json.
+Each is a run of configs/tiny.py in its own folder, on the speech in data/tiny; a finished one is not run
+again. Prints the scores of all that are finished as tables in Markdown, and writes them to results.json.
 """
 
 import argparse
 import json
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -17,27 +17,39 @@ from sparqle_jax import train
 from sparqle_jax.config import read_config
 from sparqle_jax.data.pipeline import TRANSCRIBE
 from sparqle_jax.demo import encoder
-from sparqle_jax.demo.__main__ import CONFIG, LANGUAGES, SETS
+from sparqle_jax.demo.__main__ import CONFIG, LANGUAGES, MODELS, SETS
 from sparqle_jax.demo.world import make_world
 
-SHORT = ("stage1.steps=300", "stage2.steps=1500")
 TASKS = json.dumps({TRANSCRIBE: 0.4, **dict.fromkeys(LANGUAGES, 0.2)})
-# What each variant changes in configs/tiny.py.
-VARIANTS: dict[str, tuple[str, ...]] = {
-    "full": (),
-    "translations": (f"stage2.tasks={TASKS}",),
+SHORT = ("stage1.steps=200", "stage2.steps=500")
+# What each changes in configs/tiny.py.
+CONTROLS: dict[str, tuple[str, ...]] = {
+    # From the stage 1 in the package: it knows nothing of translations.
+    "translations": (
+        "stage1=null",
+        f"adapter.start={MODELS / 'stage1.safetensors'}",
+        "adapter.sizes={}",
+        f"stage2.tasks={TASKS}",
+        "stage2.steps=7500",
+    ),
     "random-encoder": ("encoder=FOLDER/random-hubert",),
-    "no-stage-1": ("stage1=null",),
-    **{
-        name: (f"stage1.losses={json.dumps(name.split('+'))}",)
-        for name in ("stc", "stm", "stg", "stc+stm", "stc+stg", "stm+stg")
-    },
-    **{f"{num}-queries": (f"adapter.sizes.num_queries={num}",) for num in (8, 16, 24)},
+    # The time of stage 1 goes into more steps of stage 2.
+    "no-stage-1": ("stage1=null", "stage2.steps=6000"),
 }
+ABLATIONS: dict[str, tuple[str, ...]] = {
+    "all-losses": SHORT,
+    **{
+        name: (*SHORT, f"stage1.losses={json.dumps(name.split('+'))}")
+        for name in ("stc+stm", "stc+stg", "stm+stg", "stc", "stm", "stg")
+    },
+    **{f"{num}-queries": (*SHORT, f"adapter.sizes.num_queries={num}") for num in (16, 8)},
+}
+GROUPS = {"controls": CONTROLS, "ablations": ABLATIONS}
+VARIANTS = CONTROLS | ABLATIONS
 
 
-def run_variant(name: str, folder: Path, data: Path, changes: list[str]) -> dict[str, Any]:
-    """The scores of a variant, by test set and task; its run lies in `folder`/`name`."""
+def run_variant(name: str, folder: Path, data: Path, changes: list[str]) -> None:
+    """Trains and evaluates a variant; its run lies in `folder`/`name`."""
     if name == "random-encoder" and not (folder / "random-hubert" / "config.json").is_file():
         encoder.main([str(data / "heard"), str(folder / "random-hubert"), "--steps", "0", "0"])
     tests = {test: str(data / test) for test in SETS}
@@ -46,13 +58,14 @@ def run_variant(name: str, folder: Path, data: Path, changes: list[str]) -> dict
         [
             f"run={folder / name}",
             f"data.train={data / 'train'}",
+            f"data.frames={data / 'frames'}",
             f"data.test={json.dumps(tests)}",
-            *(change for change in changes if name != "no-stage-1" or not change.startswith("stage1.")),
             *(change.replace("FOLDER", str(folder)) for change in VARIANTS[name]),
+            *changes,
         ],
     )
     print(f"--- {name}")
-    return train.run(config)["stage2"]
+    train.run(config)
 
 
 def markdown(results: dict[str, dict[str, Any]]) -> str:
@@ -71,37 +84,43 @@ def markdown(results: dict[str, dict[str, Any]]) -> str:
     return "\n".join(lines)
 
 
-def main(argv: list[str] | None = None) -> None:
+def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser("python -m sparqle_jax.demo.study", description=__doc__.split("\n")[0])
-    parser.add_argument("variants", nargs="*", choices=[*VARIANTS, []], metavar="VARIANT")
-    parser.add_argument("--list", action="store_true", help="the variants, and what each changes")
-    parser.add_argument("--short", action="store_true", help=f"each with {' and '.join(SHORT)}")
-    parser.add_argument("--folder", type=Path, help="of the runs (runs/study or runs/study-short)")
+    parser.add_argument("variants", nargs="*", choices=[*GROUPS, *VARIANTS, []], metavar="VARIANT")
+    parser.add_argument("--folder", type=Path, default=Path("runs/study"), help="of the runs")
     parser.add_argument("--data", type=Path, default=Path("data/tiny"))
     parser.add_argument("--train", type=int, default=20_000, help="sentences to train on")
     parser.add_argument("--test", type=int, default=512, help="sentences of each test set")
     parser.add_argument(
-        "--set", action="append", default=[], metavar="KEY=VALUE", help="for all, as of train"
+        "--set", action="append", default=[], metavar="KEY=VALUE", help="as of train, for all"
     )
     args = parser.parse_args(argv)
-    if args.list or not args.variants:
-        for name, changes in VARIANTS.items():
-            print(f"{name:<16}{' '.join(changes)}")
-        return
-    folder = args.folder or Path("runs/study-short" if args.short else "runs/study")
-    make_world(args.data, train=args.train, test=args.test, seed=0)
-    results = {}
+    if not args.variants:
+        for group, variants in GROUPS.items():
+            print(f"{group}:")
+            for name, changes in variants.items():
+                print(f"  {name:<16}{' '.join(changes)}")
+        return 0
+    args.folder.mkdir(parents=True, exist_ok=True)
     try:
-        for name in args.variants:
-            changes = [*(SHORT if args.short else ()), *args.set]
-            results[name] = run_variant(name, folder, args.data, changes)
+        make_world(args.data, train=args.train, test=args.test, seed=0)
+        for wanted in args.variants:
+            for name in GROUPS.get(wanted, [wanted]):
+                run_variant(name, args.folder, args.data, args.set)
     except (ValueError, FileNotFoundError) as error:
         parser.error(str(error))
-    except train.Stopped as stopped:
-        print(f"{stopped}; the same command goes on from there.")
-    (folder / "results.json").write_text(json.dumps(results, indent=1) + "\n")
-    print(markdown(results))
+    except (train.Stopped, KeyboardInterrupt) as stopped:
+        print(f"{str(stopped) or 'stopped'}; the same command goes on from there.", file=sys.stderr)
+        return 130
+    results = {}
+    for variants in GROUPS.values():
+        files = {name: args.folder / name / "stage2" / "results.json" for name in variants}
+        finished = {name: json.loads(file.read_text()) for name, file in files.items() if file.is_file()}
+        print(f"\n{markdown(finished)}")
+        results |= finished
+    (args.folder / "results.json").write_text(json.dumps(results, indent=1) + "\n")
+    return 0
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())
