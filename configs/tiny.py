@@ -46,4 +46,5 @@ def get_config() -> Config:
             save_every=500,
         ),
         test_languages=("fr", "de", "es"),
+        max_new_tokens=64,
     )

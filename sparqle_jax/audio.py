@@ -2,7 +2,9 @@
 
 import dataclasses
 import json
-from collections.abc import Sequence
+import math
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -21,16 +23,30 @@ def read(file: str | Path) -> np.ndarray:
     wav, flac, mp3, ogg and opus are read. Channels are averaged. Raises FileNotFoundError, and ValueError for
     what is no recording.
     """
+    with _open(file) as recording:
+        channels = recording.read(dtype="float32", always_2d=True)  # [S, channels]
+        rate = recording.samplerate
+    waveform = channels.mean(1)
+    return waveform if rate == SAMPLE_RATE else soxr.resample(waveform, rate, SAMPLE_RATE)
+
+
+def count_samples(file: str | Path) -> int:
+    """How many samples `read` gives of a recording, by its header, rounded up. Raises as `read` does."""
+    with _open(file) as recording:
+        return math.ceil(recording.frames * SAMPLE_RATE / recording.samplerate)
+
+
+@contextmanager
+def _open(file: str | Path) -> Iterator[soundfile.SoundFile]:
     if not Path(file).is_file():
         raise FileNotFoundError(f"{file} does not exist.")
     try:
-        channels, rate = soundfile.read(file, dtype="float32", always_2d=True)  # [S, channels]
+        with soundfile.SoundFile(file) as recording:
+            yield recording
     except soundfile.LibsndfileError as error:
         raise ValueError(
             f"{file} can't be read as a recording ({error.error_string}): give wav, flac, mp3, ogg or opus."
         ) from error
-    waveform = channels.mean(1)
-    return waveform if rate == SAMPLE_RATE else soxr.resample(waveform, rate, SAMPLE_RATE)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -4,6 +4,7 @@ A file is Python with `get_config() -> Config`. Unknown keys and values of a wro
 file as in an override.
 """
 
+import dataclasses
 import json
 import runpy
 import types
@@ -14,22 +15,28 @@ from typing import Annotated, Any, Literal
 
 import pydantic
 
+from sparqle_jax.adapters.qformer import QFormerConfig
+
 Positive = Annotated[int, pydantic.Field(ge=1)]
+Share = Annotated[float, pydantic.Field(ge=0, lt=1)]
 
 
-class Model(pydantic.BaseModel, frozen=True, extra="forbid"):
-    """Base of all parts: what is not listed is an error."""
+class Model(pydantic.BaseModel, frozen=True, extra="forbid", strict=True):
+    """Base of all parts: what is not listed is an error, and so is "1" or true for 1."""
 
 
 class OptimConfig(Model):
-    """AdamW with weight decay on matrices, after a linear warm-up a cosine down to `final_lr` * lr."""
+    """AdamW with weight decay on matrices; after a linear warm-up a cosine down to `final_lr` * lr.
+
+    A run of no more than `warmup_steps` steps has its warm-up on all but its last.
+    """
 
     lr: Annotated[float, pydantic.Field(gt=0)] = 1e-4
     warmup_steps: Annotated[int, pydantic.Field(ge=0)] = 1000
     final_lr: Annotated[float, pydantic.Field(ge=0, le=1)] = 0.01
-    b1: float = 0.9
-    b2: float = 0.98
-    weight_decay: float = 0.05
+    b1: Share = 0.9
+    b2: Share = 0.98
+    weight_decay: Annotated[float, pydantic.Field(ge=0)] = 0.05
     clip_norm: Annotated[float, pydantic.Field(gt=0)] = 1.0
 
 
@@ -47,7 +54,11 @@ class StageConfig(Model):
 class Stage1Config(StageConfig):
     """Speech and text meet in the adapter, without the LLM."""
 
-    losses: tuple[Literal["stc", "stm", "stg"], ...] = ("stc", "stm", "stg")
+    losses: Annotated[tuple[Literal["stc", "stm", "stg"], ...], pydantic.Field(min_length=1)] = (
+        "stc",
+        "stm",
+        "stg",
+    )
 
 
 class Stage2Config(StageConfig):
@@ -56,7 +67,9 @@ class Stage2Config(StageConfig):
     tasks: how often each is drawn, by weight: "transcribe", or a language's code for translation into it.
     """
 
-    tasks: dict[str, Annotated[float, pydantic.Field(gt=0)]] = {"transcribe": 1.0}
+    tasks: Annotated[dict[str, Annotated[float, pydantic.Field(gt=0)]], pydantic.Field(min_length=1)] = {
+        "transcribe": 1.0
+    }
 
 
 class AdapterConfig(Model):
@@ -70,6 +83,19 @@ class AdapterConfig(Model):
     tokenizer: Path | None = None
     sizes: dict[str, int | float | str] = {}
     features: Positive = 256
+
+    @pydantic.field_validator("sizes")
+    @classmethod
+    def _check_sizes(cls, sizes: dict[str, Any]) -> dict[str, Any]:
+        types = {field.name: field.type for field in dataclasses.fields(QFormerConfig)}
+        for name in ("encoder_width", "text", "vocab_size", "bos_token_id"):  # the run knows them
+            del types[name]
+        if unknown := sizes.keys() - types.keys():
+            raise ValueError(f"there are no keys {sorted(unknown)}; valid: {', '.join(types)}")
+        return {
+            name: pydantic.TypeAdapter(types[name]).validate_python(value, strict=True)
+            for name, value in sizes.items()
+        }
 
 
 class DataConfig(Model):
@@ -90,7 +116,8 @@ class DataConfig(Model):
 class Config(Model):
     """A run. run: its folder. encoder, llm: folders of the frozen towers. A stage that is None is left out.
 
-    test_languages: into which to translate when evaluating; the LLM need not have been trained on them here.
+    test_languages: into which to translate when evaluating; the adapter need not have been trained for them.
+    max_new_tokens: of an answer, when evaluating and in the model folder that stage 2 leaves.
     """
 
     run: Path
@@ -101,6 +128,7 @@ class Config(Model):
     stage1: Stage1Config | None = None
     stage2: Stage2Config | None = None
     test_languages: tuple[str, ...] = ()
+    max_new_tokens: Positive = 256
     dtype: Literal["float32", "bfloat16"] = "float32"  # of matrix products and of the frozen towers
     seed: int = 0
 
@@ -126,14 +154,17 @@ def read_config(file: str | Path, overrides: Sequence[str] = ()) -> Config:
     if file.suffix == ".json":
         values = json.loads(file.read_text())
     else:
-        values = runpy.run_path(str(file))["get_config"]().model_dump()
+        names = runpy.run_path(str(file))
+        if "get_config" not in names:
+            raise ValueError(f"{file} is no configuration: it has no function get_config() -> Config.")
+        values = names["get_config"]().model_dump(mode="json")
     for override in overrides:
         key, equals, text = override.partition("=")
         if not equals:
             raise ValueError(f"--set {override}: write key=value, such as --set stage2.optim.lr=1e-4.")
         _set(values, key.split("."), text, Config)
     try:
-        return Config.model_validate(values)
+        return Config.model_validate_json(json.dumps(values))  # as JSON a path is a string
     except pydantic.ValidationError as error:
         lines = []
         for problem in error.errors():
@@ -159,6 +190,8 @@ def _set(values: Any, path: list[str], text: str, model: Any, done: str = "") ->
         return
     inner = None if model is None else model.model_fields[key].annotation
     if model is not None and _model_of(inner) is None and typing.get_origin(inner) is not dict:
+        raise ValueError(f"--set {done}{'.'.join(path)}: {done}{key} has no keys.")
+    if not isinstance(values.get(key, {}), dict | None):
         raise ValueError(f"--set {done}{'.'.join(path)}: {done}{key} has no keys.")
     if values.get(key) is None:
         raise ValueError(f"--set {done}{'.'.join(path)}: {done}{key} is not in this configuration.")

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import jiwer
+import numpy as np
 import sacrebleu
 import tqdm
 
@@ -31,7 +32,8 @@ def evaluate(
     """Scores by task, and for every utterance its answers by task.
 
     from_text: the LLM reads the written text instead of hearing it: what it could reach at best. Scores are
-    those of `score`, for "transcribe" and each language. Raises ValueError for a missing reference.
+    those of `score`, for "transcribe" and each language. Raises ValueError for a missing reference, and for a
+    recording in which nothing can be heard, naming the utterance.
     """
     tasks = [TRANSCRIBE, *languages]
     references = {task: [answer_of(utterance, task) for utterance in utterances] for task in tasks}
@@ -42,17 +44,28 @@ def evaluate(
     batch_size = min(BATCH_SIZE, len(utterances))
     for start in range(0, len(utterances), batch_size):
         some = utterances[start : start + batch_size]
-        waveforms = None if from_text else [audio.read(utterance.audio) for utterance in some]
+        if not from_text:  # heard once, for all tasks
+            frames = listener.encode([_read(listener, utterance) for utterance in some], batch_size)
         for task in tasks:
-            if waveforms is None:
+            if from_text:
                 texts = [utterance.text for utterance in some]
                 answers[task] += listener.answer_text(texts, task, batch_size=batch_size)
             else:
-                answers[task] += listener.answer(waveforms, task, batch_size=batch_size)
+                answers[task] += listener.answer_frames(frames, len(some), task)
             progress.update(len(some))
     progress.close()
     scores = {task: score(task, references[task], answers[task]) for task in tasks}
     return scores, [{task: answers[task][i] for task in tasks} for i in range(len(utterances))]
+
+
+def _read(listener: Listener, utterance: Utterance) -> np.ndarray:
+    """Raises ValueError, naming the utterance, for a recording in which nothing can be heard."""
+    try:
+        waveform = audio.read(utterance.audio)
+        listener.check(waveform)
+    except ValueError as error:
+        raise ValueError(f"utterance {utterance.id} ({utterance.audio}): {error}") from error
+    return waveform
 
 
 def score(task: str, references: Sequence[str], answers: Sequence[str]) -> dict[str, float]:
@@ -94,6 +107,8 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--from-text", action="store_true", help="the LLM reads the text: its upper bound")
     parser.add_argument("--output", type=Path, help="a JSON file for scores and all answers")
     args = parser.parse_args(argv)
+    if args.output and not args.output.parent.is_dir():
+        parser.error(f"{args.output.parent} is no folder: --output needs one that is there.")
     try:
         utterances, listener = read_manifest(args.data), Listener.from_folder(args.model)
         scores, answers = evaluate(listener, utterances, args.translate, from_text=args.from_text)

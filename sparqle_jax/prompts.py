@@ -56,6 +56,21 @@ def instruction(template: str, language: str | None = None) -> str:
     return template if language is None else template.replace(LANGUAGE, language)
 
 
+def load_tokenizer(folder: str | Path) -> Any:
+    """The tokenizer in a transformers folder; nothing is downloaded.
+
+    Raises FileNotFoundError for no folder, ValueError for one without a tokenizer.
+    """
+    if not Path(folder).is_dir():
+        raise FileNotFoundError(f"{folder} is no folder: give one with a tokenizer.")
+    try:
+        return AutoTokenizer.from_pretrained(folder, local_files_only=True)
+    except Exception as error:  # what transformers raises depends on what is not there
+        raise ValueError(
+            f"{folder} has no tokenizer that transformers can load: {type(error).__name__}: {error}"
+        ) from error
+
+
 class Prompter:
     """Turns instructions and answers into tokens of one LLM.
 
@@ -85,8 +100,8 @@ class Prompter:
 
     @classmethod
     def from_folder(cls, folder: str | Path, vocab_size: int, **kwargs) -> "Prompter":
-        """With the tokenizer of a transformers folder."""
-        return cls(AutoTokenizer.from_pretrained(folder), vocab_size, **kwargs)
+        """With the tokenizer of a transformers folder. Raises as `load_tokenizer` does."""
+        return cls(load_tokenizer(folder), vocab_size, **kwargs)
 
     def prompt(self, instruction: str) -> tuple[list[int], list[int]]:
         """The tokens before and after the speech. Raises ValueError when there is no one place for it."""

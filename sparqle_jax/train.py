@@ -11,6 +11,7 @@ command again goes on from the last checkpoint; it ends with the numbers of a ru
 import argparse
 import dataclasses
 import functools
+import hashlib
 import itertools
 import json
 import math
@@ -29,13 +30,12 @@ import tqdm
 from flax import nnx
 from orbax.checkpoint import v1 as ocp
 from tensorboardX import SummaryWriter
-from transformers import AutoTokenizer
 
 from sparqle_jax import audio, pretrained, prompts
 from sparqle_jax.adapters.qformer import QFormer, QFormerConfig
-from sparqle_jax.config import Config, OptimConfig, StageConfig, read_config
+from sparqle_jax.config import Config, OptimConfig, Stage1Config, Stage2Config, StageConfig, read_config
 from sparqle_jax.data.frames import keep_frames
-from sparqle_jax.data.manifest import Utterance, read_manifest
+from sparqle_jax.data.manifest import MANIFEST, Utterance, read_manifest
 from sparqle_jax.data.pipeline import (
     TRANSCRIBE,
     AlignmentExamples,
@@ -44,12 +44,15 @@ from sparqle_jax.data.pipeline import (
     Waveforms,
     answer_of,
     batches,
+    instructions,
 )
 from sparqle_jax.encoders.hubert import Hubert
 from sparqle_jax.evaluate import evaluate, table
 from sparqle_jax.llms.decoder import Decoder
 from sparqle_jax.model import Aligner, AlignmentHeads, SparQLe, make_projection, partition
-from sparqle_jax.transcribe import Listener, save_model
+from sparqle_jax.transcribe import Listener, ModelSettings, save_model
+
+MANIFEST_HASH = "train.sha256"  # in the run's folder: of the manifest that it is trained on
 
 
 @functools.partial(
@@ -62,6 +65,9 @@ class TrainState:
     step: jax.Array
     trained: nnx.State
     optimizer: optax.OptState
+
+
+STOPPED = 130  # the exit status after Ctrl-C or SIGTERM: the same command goes on
 
 
 class Stopped(Exception):
@@ -103,18 +109,17 @@ def make_update(graph: nnx.GraphDef, optimizer: optax.GradientTransformation) ->
 def train(model: nnx.Module, examples: Examples, config: StageConfig, folder: Path, seed: int) -> nnx.Module:
     """The model after `config.steps` steps, from the last checkpoint in `folder` if there is one.
 
-    Raises Stopped after Ctrl-C or SIGTERM, when it has saved a checkpoint, and FloatingPointError for a loss
-    that is not finite.
+    The model given can't be used any more. Raises Stopped after Ctrl-C or SIGTERM, when it has saved a
+    checkpoint, and FloatingPointError for a loss or gradient that is not finite: no such step is saved.
     """
     graph, trained, frozen = partition(model)
     optimizer, schedule = make_optimizer(config.optim, config.steps)
     state = TrainState(jnp.int32(0), trained, optimizer.init(trained))
     key = jax.random.key(seed)
     keep = ocp.training.preservation_policies.LatestN(2)
-    with (
-        ocp.training.Checkpointer(folder.resolve() / "checkpoints", preservation_policy=keep) as checkpointer,
-        _stop_requested() as stop_requested,
-    ):
+    with ocp.training.Checkpointer(
+        folder.resolve() / "checkpoints", preservation_policy=keep
+    ) as checkpointer:
         if checkpointer.latest is not None:
             state = checkpointer.load(abstract_state=jax.tree.map(_abstract, state))
         start = int(state.step)
@@ -122,27 +127,38 @@ def train(model: nnx.Module, examples: Examples, config: StageConfig, folder: Pa
             return nnx.merge(graph, state.trained, frozen)
         inputs = batches(examples, config.batch_size, seed=seed, start=start)
         batch = next(inputs)
-        print(f"{folder.name}: compiling one step ...", flush=True)
+        print(f"{folder.name}: compiling one step for {jax.devices()[0].device_kind} ...", flush=True)
         began = time.monotonic()
         # Compiled ahead, so that a batch of another shape is an error, and not another minute of compiling.
         update = make_update(graph, optimizer).lower(state, frozen, batch, key).compile()
         print(f"{folder.name}: compiled in {time.monotonic() - began:.0f} s", flush=True)
-        with _Log(folder, start, config.steps) as log:
+        with _stop_requested() as stop_requested, _Log(folder, start, config.steps) as log:
             for step in range(start + 1, config.steps + 1):
                 state, metrics = update(state, frozen, batch, key)
-                if step % config.log_every == 0 or step == config.steps:
-                    log.write(
-                        step, {k: float(v) for k, v in metrics.items()}, float(schedule(step - 1)), batch
-                    )
-                stop = stop_requested()
-                if step % config.save_every == 0 or step == config.steps or stop:
+                last, stop = step == config.steps, stop_requested()
+                write, save = step % config.log_every == 0, step % config.save_every == 0
+                if write or save or last or stop:
+                    values = {name: float(value) for name, value in metrics.items()}
+                    _check_finite(step, values)
+                if write or last:
+                    log.write(step, values, float(schedule(step - 1)), batch)
+                if save or last or stop:
                     checkpointer.save(step, state)
                 if stop:
                     raise Stopped(f"{folder.name} stopped at step {step} of {config.steps}")
-                if step < config.steps:
+                if not last:
                     batch = next(inputs)
                 log.advance()
     return nnx.merge(graph, state.trained, frozen)
+
+
+def _check_finite(step: int, metrics: dict[str, float]) -> None:
+    for name in ("loss", "gradient_norm"):
+        if not math.isfinite(metrics[name]):
+            raise FloatingPointError(
+                f"the {name} of step {step} is {metrics[name]}. Begin again in another folder (--set run=) "
+                "with a smaller learning rate (optim.lr) or a longer warm-up (optim.warmup_steps)."
+            )
 
 
 def _abstract(x: jax.Array) -> jax.ShapeDtypeStruct:
@@ -151,10 +167,20 @@ def _abstract(x: jax.Array) -> jax.ShapeDtypeStruct:
 
 @contextmanager
 def _stop_requested() -> Iterator[Callable[[], bool]]:
-    """Catches Ctrl-C and SIGTERM meanwhile; the function given says whether one has come."""
+    """Catches Ctrl-C and SIGTERM meanwhile; the function given says whether one has come.
+
+    A second one interrupts at once.
+    """
     came = []
     numbers = (signal.SIGINT, signal.SIGTERM)
-    before = [signal.signal(number, lambda *_: came.append(True)) for number in numbers]
+
+    def stop(*_) -> None:
+        if came:
+            raise KeyboardInterrupt
+        came.append(True)
+        print("\nstopping after this step, with a checkpoint ...", file=sys.stderr, flush=True)
+
+    before = [signal.signal(number, stop) for number in numbers]
     try:
         yield lambda: bool(came)
     finally:
@@ -167,9 +193,10 @@ class _Log:
 
     def __init__(self, folder: Path, start: int, steps: int):
         self.file = folder / "metrics.jsonl"
-        # What a killed run wrote after its last checkpoint is done again.
-        lines = self.file.read_text().splitlines() if self.file.exists() else []
-        self.file.write_text("".join(line + "\n" for line in lines if json.loads(line)["step"] <= start))
+        # What a killed run wrote after its last checkpoint is done again; its last line may be half a line.
+        lines = self.file.read_text().splitlines(keepends=True) if self.file.exists() else []
+        lines = [line for line in lines if line.endswith("\n") and json.loads(line)["step"] <= start]
+        _write_text(self.file, "".join(lines))
         self.board = SummaryWriter(str(folder / "tensorboard"), purge_step=start + 1)
         self.bar = tqdm.tqdm(
             total=steps, initial=start, desc=folder.name, unit="step", dynamic_ncols=True, mininterval=0.5
@@ -187,12 +214,6 @@ class _Log:
         self.bar.update()
 
     def write(self, step: int, metrics: dict[str, float], lr: float, batch: dict) -> None:
-        """Raises FloatingPointError for a loss that is not finite."""
-        if not math.isfinite(metrics["loss"]):
-            raise FloatingPointError(
-                f"the loss of step {step} is {metrics['loss']}: a smaller learning rate (optim.lr) or a "
-                "longer warm-up (optim.warmup_steps) may help; the checkpoints before it are there."
-            )
         last_step, last_time = self.last
         self.last = (step, time.monotonic())
         per_second = (step - last_step) / max(self.last[1] - last_time, 1e-9)
@@ -210,82 +231,104 @@ class _Log:
         self.bar.set_postfix(shown | {"audio": f"{seconds * per_second:.0f}x"}, refresh=False)
 
 
-def run(config: Config) -> dict[str, Any]:
-    """Trains all stages of a configuration and returns their scores; see the module.
+class Run:
+    """A run that has been checked whole, up to its first step; `train` trains its stages.
 
-    All that can be wrong with folders, sizes, texts and vocabularies is found before the first step, and
-    leaves no trace: FileNotFoundError and ValueError say what to change. Raises Stopped as `train` does.
+    All that can be wrong with folders, recordings, texts, vocabularies and sizes is found here, and leaves no
+    trace: FileNotFoundError and ValueError say what to change.
     """
-    _check_folder(config)
-    rngs = nnx.Rngs(config.seed)
-    dtype = jnp.dtype(config.dtype)
-    extractor = audio.FeatureExtractor.from_folder(config.encoder)
-    encoder = pretrained.load_hubert(config.encoder, dtype=dtype)
-    utterances = read_manifest(config.data.train)
-    tests = {name: read_manifest(folder) for name, folder in config.data.test.items()}
-    waveforms = Waveforms(utterances, extractor, config.data.max_seconds)
-    test_waveforms = {
-        name: Waveforms(test, extractor, config.data.max_seconds) for name, test in tests.items()
-    }
-    aligner = alignment = instruction = None
-    if config.stage1 is not None:
-        tokenizer = AutoTokenizer.from_pretrained(config.adapter.tokenizer)
-        aligner = _make_aligner(config, encoder, tokenizer, rngs)
-        vocab_size = aligner.adapter.config.vocab_size
-        alignment = AlignmentExamples(utterances, waveforms, tokenizer, vocab_size)
-        alignment_tests = {
-            name: AlignmentExamples(test, test_waveforms[name], tokenizer, vocab_size)
-            for name, test in tests.items()
-        }
-        _try(aligner, alignment, config.stage1.batch_size)
-    if config.stage2 is not None:
-        llm = pretrained.load_decoder(config.llm, dtype=dtype)
-        vocab_size = llm.config.vocab_size
-        prompter = prompts.Prompter.from_folder(config.llm, vocab_size)
-        instruction = InstructionExamples(utterances, waveforms, prompter, vocab_size, config.stage2.tasks)
-        for task in (TRANSCRIBE, *config.test_languages):
-            for utterance in itertools.chain(*tests.values()):
-                answer_of(utterance, task)
-        model = (
-            _make_sparqle(config, encoder, llm, rngs)
-            if aligner is None
-            else SparQLe.from_aligner(aligner, llm, rngs=rngs)
-        )
-        _try(model, instruction, config.stage2.batch_size)
-    if config.data.frames is not None:
-        frames = keep_frames(config.data.frames, waveforms, encoder)
-        for examples in (alignment, instruction):
-            if examples is not None:
-                examples.speech = frames
 
-    _claim_folder(config)
-    results = {}
-    if aligner is not None:
-        folder = _stage_folder(config, "stage1")
-        aligner = train(aligner, alignment, config.stage1, folder, config.seed)
-        pretrained.save_published(aligner, folder / "adapter.safetensors")
-        results["stage1"] = _once(
+    def __init__(self, config: Config):
+        self.config = config
+        _check_folder(config)
+        rngs = nnx.Rngs(config.seed)
+        dtype = jnp.dtype(config.dtype)
+        self.extractor = audio.FeatureExtractor.from_folder(config.encoder)
+        encoder = pretrained.load_hubert(config.encoder, dtype=dtype)
+        utterances = read_manifest(config.data.train)
+        waveforms = self._waveforms(utterances, encoder)
+        self.tests = {name: read_manifest(folder) for name, folder in config.data.test.items()}
+        test_waveforms = {name: self._waveforms(test, encoder) for name, test in self.tests.items()}
+        self.aligner = self.model = None
+        examples: list[AlignmentExamples | InstructionExamples] = []
+        if config.stage1 is not None:
+            tokenizer = prompts.load_tokenizer(config.adapter.tokenizer)
+            self.aligner = _make_aligner(config, encoder, tokenizer, rngs)
+            vocab_size = self.aligner.adapter.config.vocab_size
+            self.alignment = AlignmentExamples(utterances, waveforms, tokenizer, vocab_size)
+            self.alignment_tests = {
+                name: AlignmentExamples(test, test_waveforms[name], tokenizer, vocab_size)
+                for name, test in self.tests.items()
+            }
+            _try(self.aligner, self.alignment, config.stage1.batch_size)
+            examples.append(self.alignment)
+        if config.stage2 is not None:
+            self.llm = pretrained.load_decoder(config.llm, dtype=dtype)
+            vocab_size = self.llm.config.vocab_size
+            self.prompter = prompts.Prompter.from_folder(config.llm, vocab_size)
+            self.instruction = InstructionExamples(
+                utterances, waveforms, self.prompter, vocab_size, config.stage2.tasks
+            )
+            for task in (TRANSCRIBE, *config.test_languages):
+                instructions(task)
+                for utterance in itertools.chain(*self.tests.values()):
+                    answer_of(utterance, task)
+            if self.aligner is None:
+                self.model = _make_sparqle(config, encoder, self.llm, rngs)
+            else:
+                self.model = SparQLe.from_aligner(self.aligner, self.llm, rngs=rngs)
+            _try(self.model, self.instruction, config.stage2.batch_size)
+            examples.append(self.instruction)
+        if config.data.frames is not None:
+            frames = keep_frames(config.data.frames, waveforms, encoder)
+            for one in examples:
+                one.speech = frames
+        _claim_folder(config)
+
+    def _waveforms(self, utterances: list[Utterance], encoder: Hubert) -> Waveforms:
+        shortest = encoder.config.min_samples
+        return Waveforms(utterances, self.extractor, self.config.data.max_seconds, min_samples=shortest)
+
+    def train(self) -> dict[str, Any]:
+        """Trains what is not trained yet, and returns the scores by stage. Raises as the function `train`."""
+        results = {}
+        if self.aligner is not None:
+            results["stage1"] = self._train_stage1(self.config.stage1)
+        if self.model is not None:
+            results["stage2"] = self._train_stage2(self.config.stage2)
+        return results
+
+    def _train_stage1(self, stage: Stage1Config) -> dict[str, Any]:
+        folder = _stage_folder(self.config, "stage1")
+        self.aligner = train(self.aligner, self.alignment, stage, folder, self.config.seed)
+        pretrained.save_published(self.aligner, folder / "adapter.safetensors")
+        if not stage.evaluate:
+            return {}
+        return _once(
             folder / "results.json",
-            lambda: (
-                _evaluate_losses(aligner, alignment_tests, config.stage1.batch_size)
-                if config.stage1.evaluate
-                else {}
-            ),
+            lambda: _evaluate_losses(self.aligner, self.alignment_tests, stage.batch_size),
         )
-    if config.stage2 is not None:
-        folder = _stage_folder(config, "stage2")
-        if aligner is not None:
-            model = SparQLe.from_aligner(aligner, llm, rngs=nnx.Rngs(config.seed))
-        model = train(model, instruction, config.stage2, folder, config.seed)
-        save_model(model, folder, encoder=config.encoder, llm=config.llm, max_seconds=config.data.max_seconds)
-        listener = Listener(model, prompter, extractor, max_seconds=config.data.max_seconds)
-        results["stage2"] = _once(
+
+    def _train_stage2(self, stage: Stage2Config) -> dict[str, Any]:
+        config, folder = self.config, _stage_folder(self.config, "stage2")
+        if self.aligner is not None:
+            self.model = SparQLe.from_aligner(self.aligner, self.llm, rngs=nnx.Rngs(config.seed))
+        self.model = train(self.model, self.instruction, stage, folder, config.seed)
+        settings = ModelSettings(
+            encoder=config.encoder,
+            llm=config.llm,
+            max_seconds=config.data.max_seconds,
+            max_new_tokens=config.max_new_tokens,
+            dtype=config.dtype,
+        )
+        save_model(self.model, folder, settings)
+        if not stage.evaluate:
+            return {}
+        listener = Listener(self.model, self.prompter, self.extractor, settings)
+        return _once(
             folder / "results.json",
-            lambda: (
-                _evaluate_answers(listener, tests, config.test_languages) if config.stage2.evaluate else {}
-            ),
+            lambda: _evaluate_answers(listener, self.tests, config.test_languages),
         )
-    return results
 
 
 def _try(model: Aligner | SparQLe, examples: Examples, batch_size: int) -> None:
@@ -296,20 +339,39 @@ def _try(model: Aligner | SparQLe, examples: Examples, batch_size: int) -> None:
 
 
 def _check_folder(config: Config) -> None:
-    """Raises ValueError when the run's folder holds a run with another configuration."""
+    """Raises ValueError when the run's folder holds a run of another configuration, or on other data."""
     file = config.run / "config.json"
-    if file.is_file():
-        differences = _differences(json.loads(file.read_text()), config.model_dump(mode="json"))
-        if differences:
-            raise ValueError(
-                f"{config.run} holds a run with another configuration (other: {', '.join(differences)}): "
-                "choose another folder with --set run=FOLDER, or delete that one."
-            )
+    if not file.is_file():
+        return
+    there, wanted = json.loads(file.read_text()), config.model_dump(mode="json")
+    there["run"] = wanted["run"]  # a folder may be moved
+    differences = _differences(there, wanted)
+    if (config.run / MANIFEST_HASH).read_text() != _manifest_hash(config):
+        differences.append(f"what is in {config.data.train}")
+    if differences:
+        raise ValueError(
+            f"{config.run} holds another run (other: {', '.join(differences)}): choose another folder with "
+            "--set run=FOLDER, or delete that one."
+        )
 
 
 def _claim_folder(config: Config) -> None:
     config.run.mkdir(parents=True, exist_ok=True)
-    (config.run / "config.json").write_text(config.model_dump_json(indent=2) + "\n")
+    if not (config.run / "config.json").is_file():
+        _write_text(config.run / MANIFEST_HASH, _manifest_hash(config))
+        _write_text(config.run / "config.json", config.model_dump_json(indent=2) + "\n")
+
+
+def _manifest_hash(config: Config) -> str:
+    file = config.data.train / MANIFEST
+    return hashlib.sha256(file.read_bytes()).hexdigest() if file.is_file() else ""
+
+
+def _write_text(file: Path, text: str) -> None:
+    """Writes a file whole or not at all: whoever is stopped while writing leaves the old one."""
+    partial = file.with_name(file.name + ".partial")
+    partial.write_text(text)
+    partial.replace(file)
 
 
 def _differences(a: Any, b: Any, key: str = "") -> list[str]:
@@ -329,7 +391,7 @@ def _stage_folder(config: Config, name: str) -> Path:
 def _once(file: Path, make: Callable[[], dict[str, Any]]) -> dict[str, Any]:
     """What `make` returns, kept in a JSON file from the first time on."""
     if not file.is_file():
-        file.write_text(json.dumps(make(), indent=1) + "\n")
+        _write_text(file, json.dumps(make(), indent=1) + "\n")
     return json.loads(file.read_text())
 
 
@@ -343,7 +405,7 @@ def _make_aligner(config: Config, encoder: Hubert, tokenizer: Any, rngs: nnx.Rng
     else:
         words = max(tokenizer.get_vocab().values()) + 1
         adapter = QFormer(
-            _qformer_config(sizes, vocab_size=words + 1, bos_token_id=words), dtype=dtype, rngs=rngs
+            QFormerConfig(**sizes, vocab_size=words + 1, bos_token_id=words), dtype=dtype, rngs=rngs
         )
     heads = AlignmentHeads(adapter.config.hidden_size, config.adapter.features, dtype=dtype, rngs=rngs)
     return Aligner(encoder, adapter, heads, losses=config.stage1.losses)
@@ -357,16 +419,9 @@ def _make_sparqle(config: Config, encoder: Hubert, llm: Decoder, rngs: nnx.Rngs)
     if start is not None:
         adapter = pretrained.qformer_from_bert(start, dtype=dtype, rngs=rngs, **sizes)
     else:
-        adapter = QFormer(_qformer_config(sizes), dtype=dtype, rngs=rngs)
+        adapter = QFormer(QFormerConfig(**sizes), dtype=dtype, rngs=rngs)
     projection = make_projection(adapter.config.hidden_size, llm.config.hidden_size, dtype=dtype, rngs=rngs)
     return SparQLe(encoder, adapter, projection, llm)
-
-
-def _qformer_config(sizes: dict[str, Any], **values) -> QFormerConfig:
-    names = {field.name for field in dataclasses.fields(QFormerConfig)}
-    if unknown := sizes.keys() - names:
-        raise ValueError(f"adapter.sizes has unknown keys {sorted(unknown)}; valid: {sorted(names)}.")
-    return QFormerConfig(**sizes, **values)
 
 
 def _evaluate_losses(
@@ -401,14 +456,20 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="overrides one key")
     args = parser.parse_args(argv)
     try:
-        config = read_config(args.config, args.set)
-        run(config)
+        run = Run(read_config(args.config, args.set))
     except (ValueError, FileNotFoundError) as error:
         parser.error(str(error))
+    except KeyboardInterrupt:
+        return STOPPED
+    try:
+        run.train()
     except (Stopped, KeyboardInterrupt) as stopped:
         print(f"{str(stopped) or 'stopped'}; the same command goes on from there.", file=sys.stderr)
-        return 130
-    print(f"done: {config.run}")
+        return STOPPED
+    except FloatingPointError as error:
+        print(error, file=sys.stderr)
+        return 1
+    print(f"done: {run.config.run}")
     return 0
 
 

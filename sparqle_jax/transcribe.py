@@ -7,13 +7,19 @@ Training writes one; without --model it is the miniature that comes with the pac
 """
 
 import argparse
-import json
+import functools
 import os
 import sys
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Literal
 
+import jax
+import jax.numpy as jnp
 import numpy as np
+import pydantic
+from flax import nnx
 
 from sparqle_jax import audio, pretrained, prompts
 from sparqle_jax.data.pipeline import TRANSCRIBE, instructions
@@ -24,18 +30,35 @@ MINIATURE = Path(__file__).parent / "demo" / "models" / "sparqle"
 SILENCE = 1e-4  # -80 dB: no recording of speech is so quiet
 
 
-def save_model(
-    model: SparQLe, folder: str | Path, *, encoder: str | Path, llm: str | Path, max_seconds: float
-) -> None:
-    """Writes a model folder. encoder, llm: folders of the towers, which it names, relative to itself."""
+class ModelSettings(pydantic.BaseModel, frozen=True, extra="forbid"):
+    """What `model.json` says of a model, beside its weights.
+
+    encoder, llm: folders of the towers, in the file relative to it. dtype: of matrix products and of the
+    towers. max_seconds: the longest recording; max_new_tokens: the longest answer.
+    """
+
+    encoder: Path
+    llm: Path
+    max_seconds: float
+    max_new_tokens: int
+    dtype: Literal["float32", "bfloat16"]
+
+
+def save_model(model: SparQLe, folder: str | Path, settings: ModelSettings) -> None:
+    """Writes a model folder."""
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     pretrained.save_published(model, folder / "adapter.safetensors")
     towers = {
-        name: os.path.relpath(Path(tower).resolve(), folder.resolve())
-        for name, tower in (("encoder", encoder), ("llm", llm))
+        name: Path(os.path.relpath(getattr(settings, name).resolve(), folder.resolve()))
+        for name in ("encoder", "llm")
     }
-    (folder / "model.json").write_text(json.dumps(towers | {"max_seconds": max_seconds}, indent=2) + "\n")
+    (folder / "model.json").write_text(settings.model_copy(update=towers).model_dump_json(indent=2) + "\n")
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _encode(graph: nnx.GraphDef, state: nnx.State, waveform: jax.Array, mask: jax.Array):
+    return nnx.merge(graph, state)(waveform, mask)
 
 
 class Listener:
@@ -46,31 +69,33 @@ class Listener:
         model: SparQLe,
         prompter: prompts.Prompter,
         extractor: audio.FeatureExtractor,
-        *,
-        max_seconds: float,
+        settings: ModelSettings,
     ):
         self.model, self.prompter, self.extractor = model, prompter, extractor
-        self.max_seconds = max_seconds
+        self.max_seconds, self.max_new_tokens = settings.max_seconds, settings.max_new_tokens
 
     @classmethod
     def from_folder(cls, folder: str | Path) -> "Listener":
-        """Raises FileNotFoundError for what is no model folder."""
+        """Raises FileNotFoundError for what is no model folder, ValueError for one that is not right."""
         folder = Path(folder)
         if not (folder / "model.json").is_file():
             raise FileNotFoundError(
                 f"{folder} is no model folder: it has no model.json. Give the folder of a stage 2 that "
                 "training has finished, such as runs/tiny/stage2."
             )
-        settings = json.loads((folder / "model.json").read_text())
-        encoder, llm = folder / settings["encoder"], folder / settings["llm"]
+        settings = ModelSettings.model_validate_json((folder / "model.json").read_text())
+        encoder, llm, dtype = folder / settings.encoder, folder / settings.llm, jnp.dtype(settings.dtype)
         model = pretrained.load_sparqle(
-            folder / "adapter.safetensors", pretrained.load_hubert(encoder), pretrained.load_decoder(llm)
+            folder / "adapter.safetensors",
+            pretrained.load_hubert(encoder, dtype=dtype),
+            pretrained.load_decoder(llm, dtype=dtype),
+            dtype=dtype,
         )
         return cls(
             model,
             prompts.Prompter.from_folder(llm, model.llm.config.vocab_size),
             audio.FeatureExtractor.from_folder(encoder),
-            max_seconds=settings["max_seconds"],
+            settings,
         )
 
     def check(self, waveform: np.ndarray) -> None:
@@ -90,33 +115,37 @@ class Listener:
             )
 
     def answer(
-        self,
-        waveforms: Sequence[np.ndarray],
-        task: str = TRANSCRIBE,
-        *,
-        batch_size: int = 32,
-        max_new_tokens: int = 64,
+        self, waveforms: Sequence[np.ndarray], task: str = TRANSCRIBE, *, batch_size: int = 32
     ) -> list[str]:
         """What is said in waveforms float [S] at 16 kHz, as text or translated into a language ("fr").
 
-        Raises ValueError as `check` does, naming the waveform by its number.
+        Warns of answers that are cut because they have `max_new_tokens` tokens and no end. Raises ValueError
+        as `check` does, naming the waveform by its number.
         """
+        texts = []
+        for start in range(0, len(waveforms), batch_size):
+            some = waveforms[start : start + batch_size]
+            texts += self.answer_frames(self.encode(some, batch_size), len(some), task)
+        return texts
+
+    def encode(self, waveforms: Sequence[np.ndarray], batch_size: int) -> dict[str, jax.Array]:
+        """frames [B, T, D] and frames_mask bool [B, T] of up to `batch_size` waveforms. Raises as `check`."""
         for i, waveform in enumerate(waveforms):
             try:
                 self.check(waveform)
             except ValueError as error:
                 raise ValueError(f"waveform {i}: {error}") from error
-        asked = self.prompter.prompt(instructions(task)[0])
+        some = [self.extractor(waveform) for waveform in waveforms]
+        # All batches have one shape, so that there is one program.
         length = round(self.max_seconds * audio.SAMPLE_RATE)
-        texts = []
-        for start in range(0, len(waveforms), batch_size):
-            some = [self.extractor(waveform) for waveform in waveforms[start : start + batch_size]]
-            # All batches have one shape, so that there is one program.
-            waveform, mask = audio.pad([*some, *some[:1] * (batch_size - len(some))], length)
-            batch = self._prompts([asked] * batch_size)
-            batch |= {"waveform": waveform, "waveform_mask": mask}
-            texts += self._generate(batch, max_new_tokens)[: len(some)]
-        return texts
+        waveform, mask = audio.pad([*some, *some[:1] * (batch_size - len(some))], length)
+        frames, frames_mask = _encode(*nnx.split(self.model.encoder), waveform, mask)
+        return {"frames": frames, "frames_mask": frames_mask}
+
+    def answer_frames(self, frames: dict[str, jax.Array], num: int, task: str = TRANSCRIBE) -> list[str]:
+        """The answers to the first `num` rows of what `encode` has given."""
+        asked = self.prompter.prompt(instructions(task)[0])
+        return self._generate(self._prompts([asked] * len(frames["frames"])) | frames, num)
 
     def answer_text(
         self,
@@ -124,7 +153,6 @@ class Listener:
         task: str = TRANSCRIBE,
         *,
         batch_size: int = 32,
-        max_new_tokens: int = 64,
     ) -> list[str]:
         """The LLM's own answers to the same instructions with the written text in place of the speech."""
         template = instructions(task)[0]
@@ -135,7 +163,7 @@ class Listener:
         for start in range(0, len(rows), batch_size):
             some = rows[start : start + batch_size]
             batch = self._prompts([*some, *some[:1] * (batch_size - len(some))])
-            answers += self._generate(batch, max_new_tokens)[: len(some)]
+            answers += self._generate(batch, len(some))
         return answers
 
     def _prompts(self, asked: list[tuple[list[int], list[int]]]) -> dict[str, np.ndarray]:
@@ -144,9 +172,17 @@ class Listener:
         vocab_size = self.model.llm.config.vocab_size
         return prompts.collate(asked, vocab_size=vocab_size, before_length=before, after_length=after)
 
-    def _generate(self, batch: dict[str, np.ndarray], max_new_tokens: int) -> list[str]:
-        settings = GenerationConfig(max_new_tokens, eos_token_ids=(self.prompter.end_id,))
-        return [self.prompter.decode(row) for row in np.asarray(generate(self.model, batch, settings))]
+    def _generate(self, batch: dict[str, np.ndarray], num: int) -> list[str]:
+        end = self.prompter.end_id
+        settings = GenerationConfig(self.max_new_tokens, eos_token_ids=(end,))
+        rows = np.asarray(generate(self.model, batch, settings))[:num]
+        if cut := int((rows != end).all(1).sum()):
+            warnings.warn(
+                f"{cut} of {num} answers have no end within max_new_tokens={self.max_new_tokens} tokens: "
+                "they are cut there.",
+                stacklevel=3,
+            )
+        return [self.prompter.decode(row) for row in rows]
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -154,9 +190,11 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("recordings", nargs="+", type=Path, help="wav, flac, mp3, ogg or opus")
     parser.add_argument("--model", type=Path, default=MINIATURE, help="a model folder")
     parser.add_argument("--translate", metavar="LANGUAGE", help="translate, into German or de, say")
+    parser.add_argument("--max-new-tokens", type=int, help="of an answer; else as the model was saved")
     args = parser.parse_args(argv)
     try:
         listener = Listener.from_folder(args.model)
+        listener.max_new_tokens = args.max_new_tokens or listener.max_new_tokens
         instructions(args.translate or TRANSCRIBE)
     except (ValueError, FileNotFoundError) as error:
         parser.error(str(error))

@@ -54,6 +54,15 @@ def test_a_written_configuration_reads_back(tmp_path):
         ("seed.x=1", "seed has no keys"),
         ("seed", "write key=value"),
         ('stage1.losses=["stx"]', "stage1.losses.0"),
+        ("stage1.losses=[]", "stage1.losses: Tuple should have at least 1 item"),
+        ("stage2.tasks={}", "stage2.tasks: Dictionary should have at least 1 item"),
+        ('stage2.steps="100"', "stage2.steps: Input should be a valid integer"),
+        ("seed=true", "seed: Input should be a valid integer"),
+        ("stage2.optim.b1=2", "stage2.optim.b1: Input should be less than 1"),
+        ("adapter.sizes.hidden=3", r"adapter.sizes: .*no keys \['hidden'\]; valid: num_queries"),
+        ("adapter.sizes.num_queries=1.5", "adapter.sizes.*valid integer"),
+        ("adapter.sizes.num_queries.x=1", "adapter.sizes.num_queries has no keys"),
+        ("adapter.sizes.vocab_size=3", r"no keys \['vocab_size'\]"),
     ],
 )
 def test_an_override_that_is_not_right_says_what_is(override, message):
@@ -68,3 +77,9 @@ def test_a_run_that_would_train_nothing_is_an_error():
         read_config(TINY, ["adapter.tokenizer=null"])
     with pytest.raises(FileNotFoundError):
         read_config("configs/none.py")
+
+
+def test_a_file_without_a_configuration_says_what_it_needs(tmp_path):
+    (tmp_path / "config.py").write_text("x = 1\n")
+    with pytest.raises(ValueError, match=r"config\.py .* has no function get_config"):
+        read_config(tmp_path / "config.py")

@@ -41,7 +41,7 @@ def test_kept_frames_are_the_encoders(waveforms, encoder, tmp_path, monkeypatch)
 
 
 def test_another_encoder_or_other_recordings_have_another_file(waveforms, encoder, tmp_path, monkeypatch):
-    monkeypatch.setattr(module, "_compute", lambda *_: None)
+    monkeypatch.setattr(module, "_compute", lambda out, row, *_: out.write(bytes(row.itemsize)))
 
     def num_files(waveforms, encoder) -> int:
         keep_frames(tmp_path, waveforms, encoder)
@@ -59,21 +59,31 @@ def test_another_encoder_or_other_recordings_have_another_file(waveforms, encode
     assert num_files(waveforms, encoder) == 6
 
 
-def test_a_file_appears_only_when_it_is_whole(waveforms, encoder, tmp_path, monkeypatch):
-    def stopped(rows, *_):
-        rows["num_frames"] = 1
-        raise KeyboardInterrupt
+def test_stopped_it_goes_on_where_it_was(waveforms, encoder, tmp_path):
+    whole = keep_frames(tmp_path / "whole", waveforms, encoder)
 
-    monkeypatch.setattr(module, "_compute", stopped)
+    class Stopping(Waveforms):
+        def __init__(self):
+            self.__dict__.update(waveforms.__dict__)
+
+        def __getitem__(self, index):
+            if index == 5:
+                raise KeyboardInterrupt
+            return super().__getitem__(index)
+
     with pytest.raises(KeyboardInterrupt):
-        keep_frames(tmp_path, waveforms, encoder)
-    assert not list(tmp_path.iterdir())
+        keep_frames(tmp_path / "stopped", Stopping(), encoder)
+    (partial,) = (tmp_path / "stopped").iterdir()
+    assert partial.stat().st_size == 3 * whole.rows.itemsize
+    with open(partial, "ab") as file:
+        file.write(b"half a row")
+    again = keep_frames(tmp_path / "stopped", waveforms, encoder)
+    np.testing.assert_array_equal(again.rows, whole.rows)
+    assert [file.suffix for file in (tmp_path / "stopped").iterdir()] == [".frames"]
 
 
 def test_no_room_on_the_disk_is_said_at_once(waveforms, encoder, tmp_path, monkeypatch):
     free = dataclasses.make_dataclass("Usage", ["free"])(1000)
     monkeypatch.setattr(module.shutil, "disk_usage", lambda _: free)
-    with pytest.raises(
-        ValueError, match=r"8 recordings take 0\.0 GB, .* make room, or --set data\.frames=null"
-    ):
+    with pytest.raises(ValueError, match=r"has 0\.0 GB left: make room, or --set data\.frames=null"):
         keep_frames(tmp_path, waveforms, encoder)

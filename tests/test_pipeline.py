@@ -4,6 +4,7 @@ import itertools
 
 import numpy as np
 import pytest
+import soundfile
 
 from sparqle_jax import audio, prompts
 from sparqle_jax.data import pipeline
@@ -82,17 +83,35 @@ def test_instruction_examples_ask_and_answer_in_one_language(utterances, tokeniz
     np.testing.assert_allclose(waveform, audio.FeatureExtractor()(audio.read(utterances[5].audio)), atol=1e-6)
 
 
-def test_recordings_longer_than_the_batch_are_named(utterances):
-    longest = max(utterances, key=lambda u: u.duration)
-    with pytest.raises(ValueError, match=rf"1 recordings are longer than .*: {longest.id} "):
-        pipeline.Waveforms(utterances, audio.FeatureExtractor(), longest.duration - 1e-4)
+def test_recordings_that_can_not_be_used_are_named_at_the_start(utterances, tmp_path):
+    def replaced(name: str, waveform: np.ndarray, rate: int = 16_000):
+        soundfile.write(tmp_path / name, waveform, rate)
+        return utterances[0].model_copy(update={"id": name, "audio": tmp_path / name})
+
+    (tmp_path / "text.wav").write_bytes(b"no sound")
+    text = utterances[0].model_copy(update={"id": "text", "audio": tmp_path / "text.wav"})
+    given = [
+        utterances[0],
+        text,
+        replaced("empty.wav", np.zeros(0)),
+        replaced("short.wav", np.zeros(1000), 44_100),  # 363 samples at 16 kHz
+        replaced("long.wav", np.zeros(24_001), 8_000),  # 3.0001 s, whatever the manifest says
+    ]
+    with pytest.raises(ValueError, match="can't be used") as error:
+        pipeline.Waveforms(given, audio.FeatureExtractor(), 3.0)
+    lines = str(error.value).splitlines()[1:]
+    assert [line.split(":")[0].strip() for line in lines] == ["text", "empty.wav", "short.wav", "long.wav"]
+    assert "363 samples, fewer than a frame's 400" in lines[2]
+    assert "3.00 s, longer than data.max_seconds=3.0" in lines[3]
 
 
-def test_a_recording_that_can_not_be_read_is_named(utterances, tmp_path):
-    (tmp_path / "broken.wav").write_bytes(b"no sound")
+def test_a_recording_that_breaks_later_is_named(utterances, tmp_path):
+    soundfile.write(tmp_path / "broken.wav", np.zeros(1000), 16_000)
     broken = utterances[0].model_copy(update={"audio": tmp_path / "broken.wav"})
+    waveforms = pipeline.Waveforms([broken], audio.FeatureExtractor(), 3.0)
+    (tmp_path / "broken.wav").write_bytes(b"no sound")
     with pytest.raises(ValueError, match=f"utterance {broken.id} .*broken.wav"):
-        pipeline.Waveforms([broken], audio.FeatureExtractor(), 3.0)[0]
+        waveforms[0]
 
 
 def test_a_missing_translation_is_named(utterances, tokenizer):
@@ -106,6 +125,8 @@ def test_a_missing_translation_is_named(utterances, tokenizer):
 
 def test_languages_go_by_name_or_code():
     assert pipeline.language_name("de") == pipeline.language_name("german") == "German"
+    assert pipeline.language_name("ga") == "Irish"
+    assert "Portuguese" in pipeline.language_name("pt-BR")
     assert "into German" in pipeline.instructions("de")[0]
     with pytest.raises(ValueError, match="neither a language's name nor its code"):
         pipeline.language_name("klingonish")

@@ -1,12 +1,13 @@
 """Synthesised speech, and the data sets made of it."""
 
 import json
+from pathlib import Path
 
 import numpy as np
 import pytest
 
 from sparqle_jax import audio
-from sparqle_jax.data.manifest import read_manifest
+from sparqle_jax.data.manifest import Utterance, read_manifest, write_manifest
 from sparqle_jax.demo import grammar, say, speech, world
 
 
@@ -57,7 +58,7 @@ def test_world_has_other_sentences_and_voices_for_evaluation(small_world):
         assert set(utterance.translations) == set(grammar.LANGUAGES) - {"en"}
 
 
-def test_a_whole_data_set_stays_and_a_partial_one_is_made_again(tmp_path):
+def test_a_whole_data_set_stays_a_partial_one_is_made_again_another_is_an_error(tmp_path):
     folder = tmp_path / "some"
     partial = tmp_path / "some.partial"
     partial.mkdir()
@@ -67,8 +68,10 @@ def test_a_whole_data_set_stays_and_a_partial_one_is_made_again(tmp_path):
     first = (folder / "manifest.jsonl").stat().st_mtime_ns
     world.make_data_set(folder, 2, seed=0, voices=("m1",))
     assert (folder / "manifest.jsonl").stat().st_mtime_ns == first
-    world.make_data_set(folder, 3, seed=0, voices=("m1",))
-    assert len(read_manifest(folder)) == 3
+    for other in (dict(num=3, seed=0), dict(num=2, seed=1)):
+        with pytest.raises(ValueError, match="is there already, and is not the data set"):
+            world.make_data_set(folder, **other, voices=("m1",))
+    assert len(read_manifest(folder)) == 2
 
 
 def test_say_writes_a_recording(tmp_path, capsys):
@@ -94,6 +97,13 @@ def test_a_manifest_that_is_not_right_names_its_lines(tmp_path, line, message):
     (tmp_path / "manifest.jsonl").write_text(json.dumps(good) + "\n" + json.dumps(line) + "\n")
     with pytest.raises(ValueError, match=message):
         read_manifest(tmp_path)
+
+
+def test_a_manifest_keeps_every_character_of_its_texts(tmp_path):
+    (tmp_path / "a.wav").write_bytes(b"")
+    odd = Utterance(id="a", audio=Path("a.wav"), text="one\u2028two\x85three\n", duration=1.0)
+    write_manifest(tmp_path, [odd])
+    assert read_manifest(tmp_path)[0].text == odd.text
 
 
 def test_a_manifest_without_its_recordings_names_them(tmp_path):

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -43,7 +44,7 @@ def arguments(run: Path, world: Path, *more: str) -> list[str]:
     changes = [
         f"run={run}",
         f"data.train={world / 'train'}",
-        f"data.frames={world / 'frames'}",
+        "data.frames=null",  # the encoder hears every batch; tests/test_demo.py keeps its frames
         "data.test=" + json.dumps({"heard": str(world / "heard")}),
         f"adapter.sizes={json.dumps(SIZES)}",
         "adapter.features=8",
@@ -117,6 +118,8 @@ def test_stopped_and_killed_it_ends_with_the_same_numbers(whole, small_world, tm
     assert killed.returncode == -signal.SIGKILL, killed.stderr
     assert metrics(run, "stage2")[-1]["step"] == 3
 
+    with open(run / "stage2" / "metrics.jsonl", "a") as file:
+        file.write('{"step": 4, "lo')  # what a power cut may leave
     assert train.main(arguments(run, small_world)) == 0
     for stage in ("stage1", "stage2"):
         assert metrics(run, stage) == metrics(whole, stage)
@@ -133,12 +136,35 @@ def test_stopped_and_killed_it_ends_with_the_same_numbers(whole, small_world, tm
     [
         ("stage2.optim.lr=0.5", "other: stage2.optim.lr"),
         ("seed=1", "other: seed"),
+        ("data.train=DATA/heard", "other: data.train"),
     ],
 )
 def test_another_configuration_does_not_go_on_in_a_runs_folder(whole, small_world, change, message, capsys):
     with pytest.raises(SystemExit):
-        train.main(arguments(whole, small_world, change))
+        train.main(arguments(whole, small_world, change.replace("DATA", str(small_world))))
     assert message in capsys.readouterr().err
+
+
+def test_other_data_under_the_same_name_do_not_go_on(whole, small_world, tmp_path, capsys):
+    run, data = tmp_path / "moved", tmp_path / "data"
+    shutil.copytree(whole, run)
+    shutil.copytree(small_world / "train", data)
+    config = json.loads((run / "config.json").read_text())
+    config["data"]["train"] = str(data)
+    (run / "config.json").write_text(json.dumps(config))
+    assert train.main([str(run / "config.json"), "--set", f"run={run}"]) == 0  # the same, though moved
+    lines = (data / "manifest.jsonl").read_text().splitlines(keepends=True)
+    (data / "manifest.jsonl").write_text("".join(reversed(lines)))
+    with pytest.raises(SystemExit):
+        train.main([str(run / "config.json"), "--set", f"run={run}"])
+    assert f"other: what is in {data}" in capsys.readouterr().err
+
+
+def test_a_step_that_is_not_finite_is_not_saved(small_world, tmp_path, capsys):
+    changes = ("stage1=null", "stage2.optim.lr=1e38", "stage2.optim.warmup_steps=0", "stage2.log_every=100")
+    assert train.main(arguments(tmp_path / "run", small_world, *changes)) == 1
+    assert "of step 2 is nan. Begin again in another folder" in capsys.readouterr().err
+    assert not list((tmp_path / "run" / "stage2" / "checkpoints").glob("[0-9]*"))
 
 
 @pytest.mark.parametrize(
@@ -147,10 +173,12 @@ def test_another_configuration_does_not_go_on_in_a_runs_folder(whole, small_worl
         ("encoder=nowhere", "nowhere is no folder"),
         ("llm=nowhere", "nowhere"),
         ("data.train=nowhere", "nowhere is no data set"),
-        ("data.max_seconds=1.2", "recordings are longer than data.max_seconds=1.2"),
+        ("adapter.tokenizer=nowhere", "nowhere is no folder"),
+        ("data.max_seconds=1.2", "s, longer than data.max_seconds=1.2"),
         ('stage2.tasks={"it": 1}', "has no translation into 'it'"),
         ('test_languages=["it"]', "has no translation into 'it'"),
-        ("adapter.sizes.hidden=3", "adapter.sizes has unknown keys ['hidden']"),
+        ('test_languages=["klingon"]', "'klingon' is neither a language's name nor its code"),
+        ("adapter.sizes.hidden=3", "there are no keys ['hidden']"),
         ("adapter.sizes.max_position_embeddings=4", "make max_position_embeddings larger"),
         ("stage2.batch_size=25", "24 examples, fewer than a batch of 25"),
     ],

@@ -7,13 +7,14 @@
 `translations`, `speaker` and `language` may be left out.
 """
 
+import io
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Annotated
 
 import pydantic
 
-NAME = "manifest.jsonl"
+MANIFEST = "manifest.jsonl"
 
 
 class Utterance(pydantic.BaseModel, frozen=True, extra="forbid"):
@@ -34,27 +35,28 @@ def read_manifest(folder: str | Path) -> list[Utterance]:
     Raises FileNotFoundError for no data set or recordings that are not there, ValueError for lines that are
     not right and for ids that occur twice; each names the first ten.
     """
-    file = Path(folder) / NAME
+    file = Path(folder) / MANIFEST
     if not file.is_file():
         raise FileNotFoundError(
-            f"{folder} is no data set: it has no {NAME} (see sparqle_jax/data/manifest.py)."
+            f"{folder} is no data set: it has no {MANIFEST} (see sparqle_jax/data/manifest.py)."
         )
     utterances, problems, seen = [], [], set()
-    for number, line in enumerate(file.read_text(encoding="utf-8").splitlines(), 1):
+    # Not splitlines: a text may have a line separator of Unicode in it, which JSON need not escape.
+    for number, line in enumerate(io.StringIO(file.read_text(encoding="utf-8")), 1):
         try:
             utterance = Utterance.model_validate_json(line)
         except pydantic.ValidationError as error:
             first = error.errors()[0]
             where = ".".join(map(str, first["loc"])) or "the line"
-            problems.append(f"  line {number}: {where}: {first['msg']}")
+            problems.append(f"line {number}: {where}: {first['msg']}")
             continue
         if utterance.id in seen:
-            problems.append(f"  line {number}: the id {utterance.id!r} occurs twice")
+            problems.append(f"line {number}: the id {utterance.id!r} occurs twice")
         seen.add(utterance.id)
         utterances.append(utterance.model_copy(update={"audio": Path(folder) / utterance.audio}))
-    _raise_if(ValueError, f"{file} has lines that are not right", problems)
-    absent = [f"  {u.id}: {u.audio}" for u in utterances if not u.audio.is_file()]
-    _raise_if(FileNotFoundError, f"{file} names recordings that are not there", absent)
+    raise_all(ValueError, f"{file} has lines that are not right", problems)
+    absent = [f"{u.id}: {u.audio}" for u in utterances if not u.audio.is_file()]
+    raise_all(FileNotFoundError, f"{file} names recordings that are not there", absent)
     if not utterances:
         raise ValueError(f"{file} is empty.")
     return utterances
@@ -63,10 +65,11 @@ def read_manifest(folder: str | Path) -> list[Utterance]:
 def write_manifest(folder: str | Path, utterances: Iterable[Utterance]) -> None:
     """Writes the manifest of a data set; the audio of its utterances is relative to the folder."""
     lines = [utterance.model_dump_json() + "\n" for utterance in utterances]
-    (Path(folder) / NAME).write_text("".join(lines), encoding="utf-8")
+    (Path(folder) / MANIFEST).write_text("".join(lines), encoding="utf-8")
 
 
-def _raise_if(error: type[Exception], what: str, problems: list[str]) -> None:
+def raise_all(error: type[Exception], what: str, problems: list[str]) -> None:
+    """Raises one error for all problems, if there are any: the first ten by name, the others counted."""
     if problems:
-        more = [f"  ... and {len(problems) - 10} more"] if len(problems) > 10 else []
-        raise error("\n".join([f"{what}:", *problems[:10], *more]))
+        more = [f"... and {len(problems) - 10} more"] if len(problems) > 10 else []
+        raise error("\n  ".join([f"{what}:", *problems[:10], *more]))

@@ -12,7 +12,7 @@ import numpy as np
 from babel import Locale, UnknownLocaleError
 
 from sparqle_jax import audio, prompts
-from sparqle_jax.data.manifest import Utterance
+from sparqle_jax.data.manifest import Utterance, raise_all
 
 Arrays = dict[str, np.ndarray]
 TRANSCRIBE = "transcribe"  # the name of this task; a translation is named by its language's code
@@ -53,21 +53,35 @@ class Speech(Protocol):
 class Waveforms:
     """The recordings of a data set, as the encoder wants them, padded to one length.
 
-    Raises ValueError, naming the utterances, for recordings longer than `max_seconds`.
+    Raises ValueError, naming the first ten, for files that are no recordings, and for recordings shorter than
+    `min_samples` (one frame of the encoder) or longer than `max_seconds`. Only their headers are read for it.
     """
 
     def __init__(
-        self, utterances: Sequence[Utterance], extractor: audio.FeatureExtractor, max_seconds: float
+        self,
+        utterances: Sequence[Utterance],
+        extractor: audio.FeatureExtractor,
+        max_seconds: float,
+        *,
+        min_samples: int = 400,
     ):
-        too_long = [u for u in utterances if u.duration > max_seconds]
-        if too_long:
-            named = ", ".join(f"{u.id} ({u.duration:.1f} s)" for u in too_long[:10])
-            raise ValueError(
-                f"{len(too_long)} recordings are longer than data.max_seconds={max_seconds}: {named}. "
-                "Make it larger, or cut or leave out these recordings."
-            )
-        self.utterances, self.extractor = utterances, extractor
+        self.utterances, self.extractor, self.min_samples = utterances, extractor, min_samples
         self.num_samples = round(max_seconds * audio.SAMPLE_RATE)
+        problems = []
+        for utterance in utterances:
+            try:
+                num_samples = audio.count_samples(utterance.audio)
+            except ValueError as error:
+                problems.append(f"{utterance.id}: {error}")
+                continue
+            seconds = num_samples / audio.SAMPLE_RATE
+            if num_samples > self.num_samples:
+                problems.append(
+                    f"{utterance.id}: {seconds:.2f} s, longer than data.max_seconds={max_seconds}"
+                )
+            elif num_samples < min_samples:
+                problems.append(f"{utterance.id}: {num_samples} samples, fewer than a frame's {min_samples}")
+        raise_all(ValueError, "recordings that can't be used; cut, mend or leave them out", problems)
 
     def __len__(self) -> int:
         return len(self.utterances)
@@ -77,7 +91,7 @@ class Waveforms:
         utterance = self.utterances[index]
         try:
             waveform = self.extractor(audio.read(utterance.audio))
-            padded, mask = audio.pad([waveform], self.num_samples)
+            padded, mask = audio.pad([waveform], self.num_samples, min_samples=self.min_samples)
         except ValueError as error:
             raise ValueError(f"utterance {utterance.id} ({utterance.audio}): {error}") from error
         return {"waveform": padded[0], "waveform_mask": mask[0]}
@@ -150,11 +164,12 @@ def instructions(task: str) -> list[str]:
 
 def language_name(language: str) -> str:
     """The English name of a language, "French" for "fr" or "french". Raises ValueError for what is none."""
-    if language.title() in Locale("en").languages.values():
-        return language.title()
+    # Codes first: "ga" is Irish, and also the name of another language.
     try:
-        return Locale.parse(language).english_name
+        return Locale.parse(language.replace("-", "_")).english_name
     except (UnknownLocaleError, ValueError) as error:
+        if language.title() in Locale("en").languages.values():
+            return language.title()
         raise ValueError(f"{language!r} is neither a language's name nor its code (German, de).") from error
 
 

@@ -34,27 +34,39 @@ MODELS = Path(__file__).parent / "models"
 CONFIG = Path(__file__).parents[2] / "configs" / "tiny.py"
 SETS = {"heard": "voices heard in training", "unheard": "voices never heard"}
 LANGUAGES = tuple(code for code in grammar.LANGUAGES if code != "en")
-SUBTITLE = (
-    "The miniature SparQLe: a frozen speech encoder, a frozen language model, and between them a small "
-    "adapter, trained on English transcripts alone. The translations are zero-shot."
+SUBTITLE = "The miniature SparQLe: a frozen speech encoder, a frozen LLM, and a small adapter between them."
+ZERO_SHOT = (
+    "The adapter was trained on English transcripts alone. Every translation is zero-shot: the language "
+    "model translates what it hears although nobody has ever shown the adapter how."
 )
+SHIPPED = "the adapter in the package: 5000 steps of 32, on 20,000 sentences"
 SHOWN = 6  # utterances of each set on the page
-NEXT = (
-    (
-        "have a sentence of yours spoken",
-        'python -m sparqle_jax.demo.say "the concert is on friday the third of may"',
-    ),
-    ("transcribe it", "python -m sparqle_jax.transcribe say.wav"),
-    ("translate it", "python -m sparqle_jax.transcribe say.wav --translate German"),
-    (
-        "score it on voices never heard",
-        "python -m sparqle_jax.evaluate data/demo/unheard --translate fr de es",
-    ),
-    (
-        "change something and train again",
-        "python -m sparqle_jax.train configs/tiny.py --set run=runs/mine ...",
-    ),
+# Stage 2 of `make demo`: small batches learn most in minutes.
+MINUTES = (
+    "stage1=null",
+    f"adapter.start={MODELS / 'stage1.safetensors'}",
+    "adapter.sizes={}",
+    "stage2.batch_size=8",
+    "stage2.optim.lr=7e-4",
+    "stage2.optim.warmup_steps=100",
+    "stage2.save_every=200",
 )
+
+
+def what_next(run: Path, data: Path) -> list[tuple[str, str]]:
+    """What to try after the demo: (what it does, command)."""
+    say, python = "the concert is on friday the third of may", "python -m sparqle_jax"
+    return [
+        ("have a sentence of yours spoken", f'{python}.demo.say "{say}"'),
+        ("transcribe it, with the adapter in the package", f"{python}.transcribe say.wav"),
+        ("translate it", f"{python}.transcribe say.wav --translate German"),
+        ("with the adapter of this run", f"{python}.transcribe say.wav --model {run}/stage2"),
+        ("score it on voices never heard", f"{python}.evaluate {data}/unheard --model {run}/stage2"),
+        (
+            "train again, with something changed",
+            f"{python}.train {run}/config.json --set run=runs/mine --set stage2.optim.lr=5e-4",
+        ),
+    ]
 
 
 def make_models(folder: Path, data: Path, seed: int) -> None:
@@ -71,7 +83,7 @@ def make_models(folder: Path, data: Path, seed: int) -> None:
         language_model.main([str(folder / "llm"), *arguments])
 
 
-def overrides(args: argparse.Namespace, data: Path, models: Path) -> list[str]:
+def overrides(args: argparse.Namespace, models: Path) -> list[str]:
     """What the demo changes in configs/tiny.py, as --set takes it."""
     changes = [
         f"run={args.run}",
@@ -79,15 +91,13 @@ def overrides(args: argparse.Namespace, data: Path, models: Path) -> list[str]:
         f"encoder={models / 'hubert'}",
         f"llm={models / 'llm'}",
         f"adapter.tokenizer={models / 'words'}",
-        f"data.train={data / 'train'}",
-        f"data.frames={data / 'frames'}",
+        f"data.train={args.data / 'train'}",
+        f"data.frames={args.data / 'frames'}",
         "data.test={}",
         "stage2.evaluate=false",
     ]
     if not args.from_scratch:
-        start = models / "stage1.safetensors"
-        changes += ["stage1=null", f"adapter.start={start}", "adapter.sizes={}", f"stage2.steps={args.steps}"]
-        changes += ["stage2.save_every=100", "stage2.batch_size=16", "stage2.optim.warmup_steps=50"]
+        changes += [*MINUTES, f"stage2.steps={args.steps}"]
     return changes + args.set
 
 
@@ -143,7 +153,7 @@ def curve(file: Path) -> list[list[float]]:
     return [[row["step"], row["loss"]] for row in rows]
 
 
-def report(config: Config, data: Path, models: dict[str, tuple[Path, str]], curves: dict[str, Path]) -> None:
+def report(config: Config, data: Path, models: dict[str, tuple[Path, str]]) -> None:
     """Evaluates the models, and writes results.json and index.html into the run's folder.
 
     models: name -> (model folder, description); the first is the one that the page shows listening.
@@ -176,15 +186,19 @@ def report(config: Config, data: Path, models: dict[str, tuple[Path, str]], curv
         {
             "title": "A language model that has learned to listen",
             "subtitle": SUBTITLE,
+            "lead": ZERO_SHOT if set(config.stage2.tasks) == {TRANSCRIBE} else "",
             "languages": {TRANSCRIBE: "English", **{code: grammar.LANGUAGES[code] for code in LANGUAGES}},
             "sets": SETS,
             "models": [
                 {"name": name, "description": descriptions[name], "scores": by_set}
                 for name, by_set in by_model.items()
             ],
-            "curves": [{"name": name, "points": curve(file)} for name, file in curves.items()],
+            "curves": [
+                {"name": name, "points": curve(folder / "metrics.jsonl")}
+                for name, (folder, _) in models.items()
+            ],
             "utterances": cards,
-            "commands": [{"say": say, "command": command} for say, command in NEXT],
+            "commands": [{"say": say, "command": command} for say, command in what_next(config.run, data)],
         },
     )
     print()
@@ -198,53 +212,59 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--data", type=Path, help="where the speech goes (data/demo or data/tiny)")
     parser.add_argument("--train", type=int, help="sentences to train on (3000 or 20000)")
     parser.add_argument("--test", type=int, help="sentences of each test set (128 or 512)")
-    parser.add_argument("--steps", type=int, default=800, help="of stage 2, when not from scratch")
+    parser.add_argument("--steps", type=int, help="of stage 2, when not from scratch (2000)")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="as of train")
     args = parser.parse_args(argv)
-    scratch = args.from_scratch
-    args.run = args.run or Path("runs/from-scratch" if scratch else "runs/demo")
-    data = args.data or Path("data/tiny" if scratch else "data/demo")
-    num_train = args.train or (20_000 if scratch else 3000)
-    num_test = args.test or (512 if scratch else 128)
-    what = (
-        "a HuBERT, a language model, both stages"
-        if scratch
-        else f"{args.steps} steps of stage 2 from the towers and the stage 1 in the package"
-    )
-    beside = "" if scratch else ", beside the adapter in the package, which has finished the same training"
+    if args.from_scratch:
+        if args.steps is not None:
+            parser.error(
+                "--steps is for the short demo; from scratch, --set stage1.steps= and stage2.steps=."
+            )
+        defaults = dict(run=Path("runs/from-scratch"), data=Path("data/tiny"), train=20_000, test=512)
+        models = (args.run or defaults["run"]) / "models"
+        what, minutes = "a HuBERT, a language model, both stages", "two hours"
+    else:
+        defaults = dict(run=Path("runs/demo"), data=Path("data/demo"), train=3000, test=128, steps=2000)
+        models = MODELS
+        what, minutes = "stage 2 alone, from the towers and the stage 1 in the package", "five minutes"
+    for name, value in defaults.items():
+        if getattr(args, name) is None:
+            setattr(args, name, value)
     print(
-        f"The miniature: {num_train} spoken sentences; {what}; a page that shows what was learned{beside}.\n"
-        f"About {'two hours' if scratch else 'five minutes'} on 2 cores, into {data} and {args.run}. "
+        f"The miniature: {args.train} spoken sentences; {what}; a page that shows what was learned.\n"
+        f"About {minutes} on 2 cores, into {args.data} and {args.run}. "
         "Ctrl-C stops; the same command goes on.",
         flush=True,
     )
     try:
-        make_world(data, train=num_train, test=num_test, seed=args.seed)
-        models = args.run / "models" if scratch else MODELS
-        if scratch:
-            make_models(models, data, args.seed)
-        config = read_config(CONFIG, overrides(args, data, models))
-        train.run(config)
-        stage2 = config.run / "stage2"
-        steps = config.stage2.steps
-        shown = {"yours": (stage2, f"the adapter that was trained just now, {steps} steps of stage 2")}
-        curves = {"yours": stage2 / "metrics.jsonl"}
-        if not scratch:
-            shown["shipped"] = (
-                MODELS / "sparqle",
-                "the adapter in the package, which finished this training",
-            )
-            curves["shipped"] = MODELS / "sparqle" / "metrics.jsonl"
-        report(config, data, shown, curves)
-    except (train.Stopped, KeyboardInterrupt) as stopped:
-        print(f"{str(stopped) or 'stopped'}; the same command goes on from there.", file=sys.stderr)
-        return 130
+        make_world(args.data, train=args.train, test=args.test, seed=args.seed)
+        if args.from_scratch:
+            make_models(models, args.data, args.seed)
+        config = read_config(CONFIG, overrides(args, models))
+        run = train.Run(config)
     except (ValueError, FileNotFoundError) as error:
         parser.error(str(error))
+    except KeyboardInterrupt:
+        return train.STOPPED
+    try:
+        run.train()
+        stage2, steps = config.run / "stage2", config.stage2.steps
+        shown = {
+            "yours": (stage2, f"the adapter trained just now: {steps} steps of {config.stage2.batch_size}")
+        }
+        if not args.from_scratch:
+            shown["shipped"] = (MODELS / "sparqle", SHIPPED)
+        report(config, args.data, shown)
+    except (train.Stopped, KeyboardInterrupt) as stopped:
+        print(f"{str(stopped) or 'stopped'}; the same command goes on from there.", file=sys.stderr)
+        return train.STOPPED
+    except FloatingPointError as error:
+        print(error, file=sys.stderr)
+        return 1
     print(f"\nThe page: {config.run / 'index.html'}   The numbers: {config.run / 'results.json'}")
     print("Try next (in the environment: . .venv/bin/activate):")
-    for say, command in NEXT:
+    for say, command in what_next(config.run, args.data):
         print(f"  {command}   # {say}")
     return 0
 

@@ -16,12 +16,11 @@ from typing import Any
 from sparqle_jax import train
 from sparqle_jax.config import read_config
 from sparqle_jax.data.pipeline import TRANSCRIBE
-from sparqle_jax.demo import encoder
 from sparqle_jax.demo.__main__ import CONFIG, LANGUAGES, MODELS, SETS
 from sparqle_jax.demo.world import make_world
 
 TASKS = json.dumps({TRANSCRIBE: 0.4, **dict.fromkeys(LANGUAGES, 0.2)})
-SHORT = ("stage1.steps=200", "stage2.steps=500")
+SHORT = ("stage1.steps=150", "stage2.steps=500", "stage2.batch_size=16")
 # What each changes in configs/tiny.py.
 CONTROLS: dict[str, tuple[str, ...]] = {
     # From the stage 1 in the package: it knows nothing of translations.
@@ -51,6 +50,9 @@ VARIANTS = CONTROLS | ABLATIONS
 def run_variant(name: str, folder: Path, data: Path, changes: list[str]) -> None:
     """Trains and evaluates a variant; its run lies in `folder`/`name`."""
     if name == "random-encoder" and not (folder / "random-hubert" / "config.json").is_file():
+        # Here, because scikit-learn is not in the environment that `make demo` makes.
+        from sparqle_jax.demo import encoder
+
         encoder.main([str(data / "heard"), str(folder / "random-hubert"), "--steps", "0", "0"])
     tests = {test: str(data / test) for test in SETS}
     config = read_config(
@@ -65,7 +67,7 @@ def run_variant(name: str, folder: Path, data: Path, changes: list[str]) -> None
         ],
     )
     print(f"--- {name}")
-    train.run(config)
+    train.Run(config).train()
 
 
 def markdown(results: dict[str, dict[str, Any]]) -> str:
@@ -86,7 +88,7 @@ def markdown(results: dict[str, dict[str, Any]]) -> str:
 
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser("python -m sparqle_jax.demo.study", description=__doc__.split("\n")[0])
-    parser.add_argument("variants", nargs="*", choices=[*GROUPS, *VARIANTS, []], metavar="VARIANT")
+    parser.add_argument("variants", nargs="*", metavar="VARIANT", help="none: lists them")
     parser.add_argument("--folder", type=Path, default=Path("runs/study"), help="of the runs")
     parser.add_argument("--data", type=Path, default=Path("data/tiny"))
     parser.add_argument("--train", type=int, default=20_000, help="sentences to train on")
@@ -101,6 +103,8 @@ def main(argv: list[str] | None = None) -> int:
             for name, changes in variants.items():
                 print(f"  {name:<16}{' '.join(changes)}")
         return 0
+    if unknown := set(args.variants) - {*GROUPS, *VARIANTS}:
+        parser.error(f"there is no {sorted(unknown)}; choose among {', '.join([*GROUPS, *VARIANTS])}.")
     args.folder.mkdir(parents=True, exist_ok=True)
     try:
         make_world(args.data, train=args.train, test=args.test, seed=0)
@@ -111,7 +115,7 @@ def main(argv: list[str] | None = None) -> int:
         parser.error(str(error))
     except (train.Stopped, KeyboardInterrupt) as stopped:
         print(f"{str(stopped) or 'stopped'}; the same command goes on from there.", file=sys.stderr)
-        return 130
+        return train.STOPPED
     results = {}
     for variants in GROUPS.values():
         files = {name: args.folder / name / "stage2" / "results.json" for name in variants}

@@ -7,6 +7,7 @@ set, by voices that are in it and by voices that are not.
 """
 
 import argparse
+import json
 import multiprocessing
 import os
 import shutil
@@ -17,7 +18,7 @@ import soundfile
 import tqdm
 
 from sparqle_jax.audio import SAMPLE_RATE
-from sparqle_jax.data.manifest import NAME, Utterance, write_manifest
+from sparqle_jax.data.manifest import Utterance, write_manifest
 from sparqle_jax.demo import grammar, speech
 
 MAX_SECONDS = 3.0
@@ -28,15 +29,19 @@ def make_data_set(
 ) -> None:
     """Writes a data set of `num` sentences, each spoken by `repeat` voices at random, as 16-bit wav.
 
-    Where the folder is there already, with as many utterances, it is left as it is; a folder appears only
-    when it is whole.
+    A folder appears only when it is whole. One that is there already is left as it is; raises ValueError when
+    it was not made with the same arguments.
     """
     folder = Path(folder)
-    if (folder / NAME).is_file():
-        with open(folder / NAME) as file:
-            if sum(1 for _ in file) == num * repeat:
-                return
-        shutil.rmtree(folder)
+    made_with = {"num": num, "seed": seed, "voices": list(voices), "test": test, "repeat": repeat}
+    if folder.exists():
+        file = folder / "world.json"
+        if not (file.is_file() and json.loads(file.read_text()) == made_with):
+            raise ValueError(
+                f"{folder} is there already, and is not the data set of {num} sentences and seed {seed} that "
+                "is wanted: choose another folder, or delete that one."
+            )
+        return
     partial = folder.with_name(folder.name + ".partial")
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
@@ -50,6 +55,7 @@ def make_data_set(
     with multiprocessing.get_context("spawn").Pool(os.cpu_count()) as pool:
         results = pool.imap(_speak, tasks, chunksize=32)
         write_manifest(partial, tqdm.tqdm(results, f"speech: {folder.name}", len(tasks), unit="utterance"))
+    (partial / "world.json").write_text(json.dumps(made_with) + "\n")
     partial.rename(folder)
 
 
