@@ -34,8 +34,9 @@ demo: $(VENV)/.ready-demo  ## the miniature: trained in minutes, evaluated, and 
 demo-from-scratch: $(VENV)/.ready  ## the miniature with its towers and stage 1: two hours
 	$(BIN)/python -m sparqle_jax.demo --from-scratch
 
+# A file's tests share what they compile, so they stay in one process.
 test: $(VENV)/.ready  ## everything that needs no PyTorch
-	$(BIN)/pytest
+	$(BIN)/pytest --numprocesses=auto --maxprocesses=4 --dist=loadfile
 
 parity: $(VENV)/.ready-parity  ## the same numbers as PyTorch
 	$(BIN)/pytest tests/parity

@@ -177,7 +177,7 @@ def test_a_step_that_is_not_finite_is_not_saved(small_world, tmp_path, capsys):
         ("data.max_seconds=1.2", "s, longer than data.max_seconds=1.2"),
         ('stage2.tasks={"it": 1}', "has no translation into 'it'"),
         ('test_languages=["it"]', "has no translation into 'it'"),
-        ('test_languages=["klingon"]', "'klingon' is neither a language's name nor its code"),
+        ('test_languages=["klingonish"]', "'klingonish' is neither a language's name nor its code"),
         ("adapter.sizes.hidden=3", "there are no keys ['hidden']"),
         ("adapter.sizes.max_position_embeddings=4", "make max_position_embeddings larger"),
         ("stage2.batch_size=25", "24 examples, fewer than a batch of 25"),
