@@ -11,7 +11,7 @@ import pytest
 from safetensors import safe_open
 from safetensors.numpy import save_file
 
-from sparqle_jax import evaluate, pretrained, train
+from sparqle_jax import evaluate, pretrained, train, transcribe
 from sparqle_jax.config import read_config
 from sparqle_jax.demo import __main__ as demo
 from sparqle_jax.demo import encoder, language_model, ship, study
@@ -62,18 +62,45 @@ def test_the_demo_leaves_its_page_and_numbers(small_world, tmp_path, capsys):
     assert again == results  # the same seed, the same numbers
 
 
-def test_towers_are_made_by_their_commands(small_world, tmp_path, monkeypatch):
+def test_from_scratch_to_a_package_of_its_own(small_world, tmp_path, monkeypatch):
+    def shrink(module, *arguments: str) -> None:
+        main = module.main
+        monkeypatch.setattr(module, "main", lambda argv: main([*argv, *arguments]))
+
     monkeypatch.setattr(encoder, "CLUSTERS", 8)
     monkeypatch.setattr(encoder, "CROP", 40)
-    small = ["--steps", "2", "2", "--batch-size", "2", "--width", "32", "--layers", "2"]
-    encoder.main([str(small_world / "train"), str(tmp_path / "hubert"), *small])
-    hubert = pretrained.load_hubert(tmp_path / "hubert")
-    assert hubert.config.hidden_size == 32
-
     monkeypatch.setattr(language_model, "SENTENCES", 200)
-    small = ["--steps", "2", "--batch-size", "2", "--width", "32", "--layers", "1"]
-    language_model.main([str(tmp_path / "llm"), *small])
-    assert pretrained.load_decoder(tmp_path / "llm").config.vocab_size == language_model.VOCAB_SIZE
+    shrink(encoder, "--steps", "2", "2", "--batch-size", "2", "--width", "32", "--layers", "2")
+    shrink(language_model, "--steps", "2", "--batch-size", "2", "--width", "32", "--layers", "1")
+    sizes = dict(num_queries=4, span_frames=150, hidden_size=32, num_hidden_layers=1)
+    sizes |= dict(num_attention_heads=2, intermediate_size=64, max_position_embeddings=32)
+    changes = [f"adapter.sizes={json.dumps(sizes)}", "adapter.features=8", "max_new_tokens=8"]
+    changes += [f"{stage}.{size}" for stage in ("stage1", "stage2") for size in ("steps=2", "batch_size=4")]
+    run = tmp_path / "run"
+    arguments = [
+        "--from-scratch",
+        "--run",
+        str(run),
+        "--data",
+        str(small_world),
+        "--train",
+        "24",
+        "--test",
+        "8",
+    ]
+    assert demo.main([*arguments, *(arg for change in changes for arg in ("--set", change))]) == 0
+    assert json.loads((run / "results.json").read_text()).keys() == {"yours", "from text"}
+    assert (run / "index.html").is_file()
+
+    package = tmp_path / "models"
+    monkeypatch.setattr(ship, "MODELS", package)
+    ship.main([str(run)])
+    model = transcribe.Listener.from_folder(package / "sparqle").model
+    assert model.encoder.config.num_hidden_layers == 2
+    assert model.llm.config.vocab_size == language_model.VOCAB_SIZE
+    assert model.adapter.config.num_queries == 4
+    stage1 = pretrained.load_aligner(package / "stage1.safetensors", model.encoder)
+    assert stage1.adapter.config.text
 
 
 def test_a_study_trains_variants_and_collects_their_scores(small_world, tmp_path, capsys):

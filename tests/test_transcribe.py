@@ -1,10 +1,14 @@
 """The miniature that comes with the package, through the commands: it hears, and says what it can't hear."""
 
 import json
+import re
+import shutil
 
+import jax.numpy as jnp
 import numpy as np
 import pytest
 import soundfile
+import soxr
 
 from sparqle_jax import audio, evaluate, transcribe
 from sparqle_jax.data.manifest import read_manifest
@@ -41,8 +45,6 @@ def test_it_translates_what_it_was_never_taught_to_translate(spoken, capsys):
 
 def test_any_rate_and_channels_are_heard_the_same(spoken, tmp_path, capsys):
     waveform, rate = soundfile.read(spoken)
-    import soxr
-
     stereo = np.repeat(soxr.resample(waveform, rate, 44_100)[:, None], 2, 1)
     soundfile.write(tmp_path / "stereo.flac", stereo, 44_100)
     assert transcribe.main([str(tmp_path / "stereo.flac")]) == 0
@@ -58,8 +60,6 @@ def test_any_rate_and_channels_are_heard_the_same(spoken, tmp_path, capsys):
     ],
 )
 def test_what_can_not_be_heard_is_said(waveform, message, tmp_path, capsys, spoken):
-    import re
-
     file = tmp_path / "odd.wav"
     soundfile.write(file, waveform, 16_000)
     assert transcribe.main([str(file), str(spoken)]) == 1
@@ -83,6 +83,21 @@ def test_a_missing_recording_or_model_is_said(tmp_path, capsys, spoken):
         transcribe.main([str(spoken), "--translate", "klingonish"])
 
 
+def test_an_answer_that_is_cut_is_said_to_be(spoken):
+    with pytest.warns(UserWarning, match="1 of 1 answers have no end within max_new_tokens=2 tokens"):
+        transcribe.main([str(spoken), "--max-new-tokens", "2"])
+
+
+def test_a_model_is_loaded_in_the_precision_that_it_was_trained_in(tmp_path):
+    settings = json.loads((MINIATURE / "model.json").read_text())
+    towers = {name: str((MINIATURE / settings[name]).resolve()) for name in ("encoder", "llm")}
+    (tmp_path / "model.json").write_text(json.dumps(settings | towers | {"dtype": "bfloat16"}))
+    shutil.copy(MINIATURE / "adapter.safetensors", tmp_path)
+    model = Listener.from_folder(tmp_path).model
+    for part in (model.encoder, model.adapter, model.llm):
+        assert part.dtype == jnp.bfloat16
+
+
 def test_a_batch_gives_what_single_recordings_give(listener, small_world):
     waveforms = [audio.read(utterance.audio) for utterance in read_manifest(small_world / "heard")]
     together = listener.answer(waveforms, batch_size=8)
@@ -104,3 +119,15 @@ def test_evaluation_through_its_command(small_world, tmp_path, capsys):
         assert written[code]["bleu"] > 80
         assert heard["scores"][code]["bleu"] > 40
     assert "WER" in capsys.readouterr().out
+
+
+def test_evaluation_names_the_recording_in_which_nothing_is_heard(small_world, tmp_path, capsys):
+    shutil.copytree(small_world / "heard", tmp_path / "heard")
+    silent = read_manifest(tmp_path / "heard")[5]
+    soundfile.write(silent.audio, np.zeros(16_000), 16_000)
+    with pytest.raises(SystemExit):
+        evaluate.main([str(tmp_path / "heard")])
+    assert f"utterance {silent.id} ({silent.audio}): it is silent" in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        evaluate.main([str(small_world / "heard"), "--output", str(tmp_path / "nowhere" / "scores.json")])
+    assert "nowhere is no folder" in capsys.readouterr().err

@@ -8,6 +8,7 @@ import hashlib
 import json
 import shutil
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from safetensors import safe_open
@@ -16,6 +17,19 @@ from safetensors.numpy import save_file
 from sparqle_jax.demo.__main__ import MODELS
 
 CURVE_POINTS = 200
+PROVENANCE = """# The miniature's weights
+
+Made by `python -m sparqle_jax.demo --from-scratch --seed {seed}{changes}`,
+and put here in float16 by `python -m sparqle_jax.demo.ship`. `hubert` and `llm` are the frozen towers,
+`words` the tokenizer of stage 1, `stage1.safetensors` the adapter after stage 1, `sparqle` a model folder:
+the adapter after stage 2. `results.json` has that run's scores as `yours`, those of the LLM that reads the
+written sentences as `from text`, and those of the controls and ablations of `python -m
+sparqle_jax.demo.study controls ablations` under their names.
+
+| file | bytes | SHA-256 |
+|---|---|---|
+{rows}
+"""
 
 
 def to_float16(source: Path, target: Path) -> None:
@@ -55,24 +69,17 @@ def main(argv: list[str] | None = None) -> None:
     if study is not None:
         results |= json.loads((study / "results.json").read_text())
     (MODELS / "results.json").write_text(json.dumps(results, indent=1) + "\n")
-    write_provenance(json.loads((run / "config.json").read_text())["seed"])
+    write_provenance(json.loads((run / "config.json").read_text()))
 
 
-def write_provenance(seed: int) -> None:
-    """models/README.md: how every file was made, and its hash."""
+def write_provenance(config: dict[str, Any]) -> None:
+    """models/README.md: how every file was made, and its hash. config: of the run, as in its config.json."""
+    changes = "" if config["data"].get("frames") else " --set data.frames=null"
     files = sorted(path for path in MODELS.rglob("*") if path.is_file() and path.name != "README.md")
     hashes = {path: hashlib.sha256(path.read_bytes()).hexdigest() for path in files}
     rows = [f"| {path.relative_to(MODELS)} | {path.stat().st_size:,} | {hashes[path]} |" for path in files]
-    (MODELS / "README.md").write_text(
-        "# The miniature's weights\n\n"
-        f"Made by `python -m sparqle_jax.demo --from-scratch --seed {seed}`, and put here in float16 by\n"
-        "`python -m sparqle_jax.demo.ship`. `hubert` and `llm` are the frozen towers, `words` the tokenizer\n"
-        "of stage 1, `stage1.safetensors` the adapter after stage 1, `sparqle` a model folder: the adapter\n"
-        "after stage 2. `results.json` has that run's scores as `yours`, those of the LLM that reads the\n"
-        "written sentences as `from text`, and those of the controls and ablations of\n"
-        "`python -m sparqle_jax.demo.study controls ablations` under their names.\n\n"
-        "| file | bytes | SHA-256 |\n|---|---|---|\n" + "\n".join(rows) + "\n"
-    )
+    text = PROVENANCE.format(seed=config["seed"], changes=changes, rows="\n".join(rows))
+    (MODELS / "README.md").write_text(text)
 
 
 if __name__ == "__main__":
