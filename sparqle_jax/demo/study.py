@@ -20,7 +20,7 @@ from sparqle_jax.demo.__main__ import CONFIG, LANGUAGES, MODELS, SETS
 from sparqle_jax.demo.world import make_world
 
 TASKS = json.dumps({TRANSCRIBE: 0.4, **dict.fromkeys(LANGUAGES, 0.2)})
-SHORT = ("stage1.steps=300", "stage2.steps=600", "stage2.batch_size=16")
+SHORT = ("stage1.steps=200", "stage2.steps=500", "stage2.batch_size=16")
 # What each changes in configs/tiny.py.
 CONTROLS: dict[str, tuple[str, ...]] = {
     # From the stage 1 in the package: it knows nothing of translations.
@@ -40,7 +40,7 @@ ABLATIONS: dict[str, tuple[str, ...]] = {
         for name in ("stc+stm", "stc+stg", "stm+stg", "stc", "stm", "stg")
     },
     # The time of stage 1 goes into more steps of stage 2.
-    "no-stage-1": (*SHORT, "stage1=null", "stage2.steps=1600"),
+    "no-stage-1": (*SHORT, "stage1=null", "stage2.steps=1200"),
     **{f"{num}-queries": (*SHORT, f"adapter.sizes.num_queries={num}") for num in (16, 8)},
 }
 GROUPS = {"controls": CONTROLS, "ablations": ABLATIONS}
