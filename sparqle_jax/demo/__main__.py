@@ -210,9 +210,9 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--from-scratch", action="store_true", help="both towers and stage 1 as well")
     parser.add_argument("--run", type=Path, help="the run's folder (runs/demo or runs/from-scratch)")
     parser.add_argument("--data", type=Path, help="where the speech goes (data/demo or data/tiny)")
-    parser.add_argument("--train", type=int, help="sentences to train on (5000 or 20000)")
+    parser.add_argument("--train", type=int, help="sentences to train on (3000 or 20000)")
     parser.add_argument("--test", type=int, help="sentences of each test set (128 or 512)")
-    parser.add_argument("--steps", type=int, help="of stage 2, when not from scratch (1700)")
+    parser.add_argument("--steps", type=int, help="of stage 2, when not from scratch (2000)")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="as of train")
     args = parser.parse_args(argv)
@@ -225,7 +225,7 @@ def main(argv: list[str] | None = None) -> int:
         models = (args.run or defaults["run"]) / "models"
         what, minutes = "a HuBERT, a language model, both stages", "two hours"
     else:
-        defaults = dict(run=Path("runs/demo"), data=Path("data/demo"), train=5000, test=128, steps=1700)
+        defaults = dict(run=Path("runs/demo"), data=Path("data/demo"), train=3000, test=128, steps=2000)
         models = MODELS
         what, minutes = "stage 2 alone, from the towers and the stage 1 in the package", "five minutes"
     for name, value in defaults.items():
