@@ -189,9 +189,8 @@ def _set(values: Any, path: list[str], text: str, model: Any, done: str = "") ->
             values[key] = text
         return
     inner = None if model is None else model.model_fields[key].annotation
-    if model is not None and _model_of(inner) is None and typing.get_origin(inner) is not dict:
-        raise ValueError(f"--set {done}{'.'.join(path)}: {done}{key} has no keys.")
-    if not isinstance(values.get(key, {}), dict | None):
+    is_value = model is not None and _model_of(inner) is None and typing.get_origin(inner) is not dict
+    if is_value or not isinstance(values.get(key, {}), dict | None):
         raise ValueError(f"--set {done}{'.'.join(path)}: {done}{key} has no keys.")
     if values.get(key) is None:
         raise ValueError(f"--set {done}{'.'.join(path)}: {done}{key} is not in this configuration.")

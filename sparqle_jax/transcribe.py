@@ -122,6 +122,11 @@ class Listener:
         Warns of answers that are cut because they have `max_new_tokens` tokens and no end. Raises ValueError
         as `check` does, naming the waveform by its number.
         """
+        for i, waveform in enumerate(waveforms):
+            try:
+                self.check(waveform)
+            except ValueError as error:
+                raise ValueError(f"waveform {i}: {error}") from error
         texts = []
         for start in range(0, len(waveforms), batch_size):
             some = waveforms[start : start + batch_size]
@@ -129,12 +134,7 @@ class Listener:
         return texts
 
     def encode(self, waveforms: Sequence[np.ndarray], batch_size: int) -> dict[str, jax.Array]:
-        """frames [B, T, D] and frames_mask bool [B, T] of up to `batch_size` waveforms. Raises as `check`."""
-        for i, waveform in enumerate(waveforms):
-            try:
-                self.check(waveform)
-            except ValueError as error:
-                raise ValueError(f"waveform {i}: {error}") from error
+        """frames [B, T, D] and frames_mask bool [B, T] of up to `batch_size` waveforms that pass `check`."""
         some = [self.extractor(waveform) for waveform in waveforms]
         # All batches have one shape, so that there is one program.
         length = round(self.max_seconds * audio.SAMPLE_RATE)

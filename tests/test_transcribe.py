@@ -105,6 +105,12 @@ def test_a_batch_gives_what_single_recordings_give(listener, small_world):
     assert together[::-1] == listener.answer(waveforms[::-1], batch_size=8)
 
 
+def test_a_waveform_that_can_not_be_heard_is_named_by_its_number_among_all(listener, spoken):
+    heard = audio.read(spoken)
+    with pytest.raises(ValueError, match="waveform 2: it is silent"):
+        listener.answer([heard, heard, np.zeros(16_000, np.float32)], batch_size=1)
+
+
 def test_evaluation_through_its_command(small_world, tmp_path, capsys):
     output = tmp_path / "scores.json"
     arguments = [str(small_world / "heard"), "--translate", "fr", "de", "es", "--output", str(output)]
