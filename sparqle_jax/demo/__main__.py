@@ -103,19 +103,13 @@ def overrides(args: argparse.Namespace, models: Path) -> list[str]:
 
 def make_listening(listener: Listener) -> Callable[[np.ndarray], dict[str, Any]]:
     """The function that says which frames each query reads, the mean of the layers, as the page takes it."""
-    graph, state = nnx.split(listener.model)
-
-    @jax.jit
-    def weights(state: nnx.State, waveform: jax.Array, mask: jax.Array) -> jax.Array:
-        model = nnx.merge(graph, state)
-        frames, frames_mask = model.encoder(waveform, mask)
-        return model.adapter.listening(frames, frames_mask).mean(0)[0]
+    graph, state = nnx.split(listener.model.adapter)
+    weights = jax.jit(lambda state, frames, mask: nnx.merge(graph, state).listening(frames, mask).mean(0)[0])
 
     def listening(waveform: np.ndarray) -> dict[str, Any]:
-        num_samples = round(listener.max_seconds * audio.SAMPLE_RATE)
-        padded, mask = audio.pad([listener.extractor(waveform)], num_samples)
-        num_frames = listener.model.encoder.config.num_frames(len(waveform))
-        values = np.asarray(weights(state, padded, mask))[:, :num_frames]
+        heard = listener.encode([waveform], batch_size=1)
+        num_frames = int(heard["frames_mask"].sum())
+        values = np.asarray(weights(state, heard["frames"], heard["frames_mask"]))[:, :num_frames]
         levels = np.round(255 * values / values.max()).astype(np.uint8)
         return {
             "queries": levels.shape[0],
