@@ -16,7 +16,7 @@ def get_config() -> Config:
         run=Path("runs/sparqle"),
         encoder=Path("hubert-large-ll60k"),
         llm=Path("Meta-Llama-3-8B-Instruct"),
-        data=DataConfig(train=Path("data/train"), test={"test": Path("data/test")}, max_seconds=30.0),
+        data=DataConfig(train="data/train", test={"test": "data/test"}, batch_multiple=16, workers=16),
         adapter=AdapterConfig(
             start=Path("bert-base-uncased"),
             tokenizer=Path("bert-base-uncased"),

@@ -13,9 +13,10 @@ def get_config() -> Config:
         encoder=MODELS / "hubert",
         llm=MODELS / "llm",
         data=DataConfig(
-            train=Path("data/tiny/train"),
-            test={"heard": Path("data/tiny/heard"), "unheard": Path("data/tiny/unheard")},
+            train="data/tiny/train",
+            test={"heard": "data/tiny/heard", "unheard": "data/tiny/unheard"},
             max_seconds=3.0,
+            buckets=1,  # each would be compiled, for a minute
             frames=Path("data/tiny/frames"),
         ),
         adapter=AdapterConfig(

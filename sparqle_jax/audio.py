@@ -1,8 +1,11 @@
 """Waveforms: read, normalised as the encoder was trained on, checked, padded to batches. NumPy only."""
 
+import contextlib
 import dataclasses
 import json
 import math
+import os
+import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -10,43 +13,104 @@ from pathlib import Path
 import numpy as np
 import soundfile
 import soxr
+from etils import epath
 
 from sparqle_jax.compat import Compat, check_compat
 
 SAMPLE_RATE = 16_000
 FRAME_SECONDS = 0.02  # a frame of HuBERT: 320 samples
+CUT_TOLERANCE = 0.15  # seconds by which the headers of mp3 files may be wrong
 
 
-def read(file: str | Path) -> np.ndarray:
+SILENCE = 1e-4  # -80 dB: no recording of speech is so quiet
+
+
+class UnusableAudio(ValueError):
+    """What is the matter with a recording. reason: the same for all of its kind."""
+
+    def __init__(self, reason: str, message: str):
+        super().__init__(message)
+        self.reason = reason
+
+
+def read(file: str | os.PathLike, offset: float = 0.0, seconds: float | None = None) -> np.ndarray:
     """A recording of any rate and any number of channels -> mono float32 [S] at 16 kHz, from -1 to 1.
 
-    wav, flac, mp3, ogg and opus are read. Channels are averaged. Raises FileNotFoundError, and ValueError for
-    what is no recording.
+    wav, flac, mp3, ogg and opus are read, local or on gs://; of them the part from `offset` on, in seconds,
+    `seconds` long. Channels are averaged. Raises FileNotFoundError, and UnusableAudio for what is no
+    recording, is cut short, or ends before the part does.
     """
     with _open(file) as recording:
-        channels = recording.read(dtype="float32", always_2d=True)  # [S, channels]
         rate = recording.samplerate
+        start, number = round(offset * rate), -1 if seconds is None else round(seconds * rate)
+        if start:
+            recording.seek(min(start, recording.frames))
+        channels = recording.read(number, dtype="float32", always_2d=True)  # [S, channels]
+        promised = recording.frames - start if seconds is None else number
+        if start > recording.frames or promised - len(channels) > CUT_TOLERANCE * rate:
+            raise UnusableAudio(
+                "cut short",
+                f"{file} is cut short: {promised} samples are expected from {offset:g} s on, but "
+                f"{len(channels)} are there.",
+            )
     waveform = channels.mean(1)
     return waveform if rate == SAMPLE_RATE else soxr.resample(waveform, rate, SAMPLE_RATE)
 
 
-def count_samples(file: str | Path) -> int:
+def count_samples(file: str | os.PathLike) -> int:
     """How many samples `read` gives of a recording, by its header, rounded up. Raises as `read` does."""
     with _open(file) as recording:
         return math.ceil(recording.frames * SAMPLE_RATE / recording.samplerate)
 
 
+def check(waveform: np.ndarray, *, min_samples: int, max_samples: int) -> None:
+    """Raises UnusableAudio for a waveform float [S] at 16 kHz that is too long or has no speech."""
+    seconds, most = len(waveform) / SAMPLE_RATE, max_samples / SAMPLE_RATE
+    if not len(waveform):
+        raise UnusableAudio("empty", f"it has 0 samples at 16 kHz; at least {min_samples} are needed.")
+    if len(waveform) < min_samples:
+        raise UnusableAudio(
+            "too short", f"it has {len(waveform)} samples at 16 kHz; at least {min_samples} are needed."
+        )
+    if not np.isfinite(waveform).all():
+        raise UnusableAudio("not finite", "it has samples that are not finite (NaN or infinity).")
+    if np.abs(waveform - waveform.mean()).max() < SILENCE:
+        raise UnusableAudio("silent", "it is silent.")
+    if len(waveform) > max_samples:
+        raise UnusableAudio(
+            "too long", f"it is {seconds:.1f} s long, but can have at most {most:g} s: cut it into pieces."
+        )
+
+
 @contextmanager
-def _open(file: str | Path) -> Iterator[soundfile.SoundFile]:
-    if not Path(file).is_file():
+def _open(file: str | os.PathLike) -> Iterator[soundfile.SoundFile]:
+    path = epath.Path(file)
+    if not path.exists():
         raise FileNotFoundError(f"{file} does not exist.")
-    try:
-        with soundfile.SoundFile(file) as recording:
+    with contextlib.ExitStack() as stack:
+        try:
+            # Through Python where it must be: slower.
+            source = stack.enter_context(path.open("rb")) if "://" in os.fspath(path) else os.fspath(path)
+            recording = stack.enter_context(soundfile.SoundFile(source))
+            _check_wav_length(file, recording)
             yield recording
-    except soundfile.LibsndfileError as error:
-        raise ValueError(
-            f"{file} can't be read as a recording ({error.error_string}): give wav, flac, mp3, ogg or opus."
-        ) from error
+        except soundfile.LibsndfileError as error:
+            raise UnusableAudio(
+                "unreadable",
+                f"{file} can't be read as a recording ({error.error_string}): give wav, flac, mp3, ogg or "
+                "opus.",
+            ) from error
+
+
+def _check_wav_length(file: str | os.PathLike, recording: soundfile.SoundFile) -> None:
+    """libsndfile shortens a wav whose end is lost, and says so in its log alone."""
+    lost = re.search(r"^\s*data\s*: (\d+) \(should be (\d+)\)", recording.extra_info, re.M)
+    # Who writes wav into a pipe does not know its length, and writes the largest number.
+    if lost and int(lost[2]) < int(lost[1]) < 0xFFFFFF00:
+        raise UnusableAudio(
+            "cut short",
+            f"{file} is cut short: its header promises {lost[1]} bytes of audio, but it has {lost[2]}.",
+        )
 
 
 @dataclasses.dataclass(frozen=True)

@@ -19,6 +19,8 @@ from sparqle_jax.adapters.qformer import QFormerConfig
 
 Positive = Annotated[int, pydantic.Field(ge=1)]
 Share = Annotated[float, pydantic.Field(ge=0, lt=1)]
+# How often each is drawn, by weight: "transcribe", or a language's code for translation into it.
+Tasks = Annotated[dict[str, Annotated[float, pydantic.Field(gt=0)]], pydantic.Field(min_length=1)]
 
 
 class Model(pydantic.BaseModel, frozen=True, extra="forbid", strict=True):
@@ -41,7 +43,8 @@ class OptimConfig(Model):
 
 
 class StageConfig(Model):
-    """One stage. save_every: steps between checkpoints, of which the last two are kept."""
+    """One stage. batch_size: examples in a batch of the longest recordings; of shorter ones there are more,
+    for about the same seconds. save_every: steps between checkpoints, of which the last two are kept."""
 
     steps: Positive
     batch_size: Positive
@@ -62,14 +65,9 @@ class Stage1Config(StageConfig):
 
 
 class Stage2Config(StageConfig):
-    """The adapter learns to speak to the frozen LLM.
+    """The adapter learns to speak to the frozen LLM."""
 
-    tasks: how often each is drawn, by weight: "transcribe", or a language's code for translation into it.
-    """
-
-    tasks: Annotated[dict[str, Annotated[float, pydantic.Field(gt=0)]], pydantic.Field(min_length=1)] = {
-        "transcribe": 1.0
-    }
+    tasks: Tasks = {"transcribe": 1.0}
 
 
 class AdapterConfig(Model):
@@ -98,19 +96,52 @@ class AdapterConfig(Model):
         }
 
 
-class DataConfig(Model):
-    """Data sets (see data/manifest.py): one to train on, any number to evaluate on.
+class TrainSet(Model):
+    """A data set of a mixture. weight: how often its examples are drawn, beside those of the others; None,
+    for all sets alike: by their sizes. tasks: its own, in place of those of stage 2."""
 
-    max_seconds: to which recordings are padded; a longer one is an error. frames: a folder for what
-    the frozen encoder makes of the training data, float16, 100 * max_seconds * width bytes for each
-    recording: computed before the first step, once for all runs; None: the encoder hears each batch as it
+    folder: str
+    weight: Annotated[float, pydantic.Field(gt=0)] | None = None
+    tasks: Tasks | None = None
+
+
+class DataConfig(Model):
+    """Data sets that `python -m sparqle_jax.data.prepare` made, local or on gs://: some to train on, mixed,
+    by a name of your choice (a folder alone is a mixture of one), and any number to evaluate on.
+
+    max_seconds: a longer recording is an error. buckets: the lengths to which recordings are padded, in
+    seconds, or how many, to be chosen from the training data; each is compiled. batch_multiple: every batch
+    size is a multiple of it, and the number of hosts and devices that share a batch must divide it.
+    max_text_tokens: to which texts are padded; None counts the tokens of all before the first step. workers:
+    processes of each host that read; 0 reads in threads. skip_corrupt: a record that can't be read is
+    counted and replaced by another of its batch, and not an error.
+
+    frames: a folder for what the frozen encoder makes of the training data, float16, 100 * width bytes for
+    each second: computed before the first step, once for all runs; None: the encoder hears each batch as it
     comes.
     """
 
-    train: Path
-    test: dict[str, Path] = {}
+    train: Annotated[dict[str, TrainSet], pydantic.Field(min_length=1)]
+    test: dict[str, str] = {}
     max_seconds: Annotated[float, pydantic.Field(gt=0)] = 30.0
+    buckets: Positive | Annotated[tuple[float, ...], pydantic.Field(min_length=1)] = 8
+    batch_multiple: Positive = 1
+    max_text_tokens: Positive | None = None
+    workers: Annotated[int, pydantic.Field(ge=0)] = 0
+    skip_corrupt: bool = False
     frames: Path | None = None
+
+    @pydantic.field_validator("train", mode="before")
+    @classmethod
+    def _one_folder(cls, train: Any) -> Any:
+        return {"train": {"folder": train}} if isinstance(train, str) else train
+
+    @pydantic.model_validator(mode="after")
+    def _all_or_no_weights(self) -> "DataConfig":
+        lacking = [name for name, one in self.train.items() if one.weight is None]
+        if 0 < len(lacking) < len(self.train):
+            raise ValueError(f"data.train has weights, but not for {lacking}: give all a weight, or none")
+        return self
 
 
 class Config(Model):
@@ -130,7 +161,7 @@ class Config(Model):
     test_languages: tuple[str, ...] = ()
     max_new_tokens: Positive = 256
     dtype: Literal["float32", "bfloat16"] = "float32"  # of matrix products and of the frozen towers
-    seed: int = 0
+    seed: Annotated[int, pydantic.Field(ge=0)] = 0
 
     @pydantic.model_validator(mode="after")
     def _whole(self) -> "Config":

@@ -14,9 +14,8 @@ import numpy as np
 import sacrebleu
 import tqdm
 
-from sparqle_jax import audio
-from sparqle_jax.data.manifest import Utterance, read_manifest
-from sparqle_jax.data.pipeline import TRANSCRIBE, answer_of
+from sparqle_jax.data.dataset import DataSet
+from sparqle_jax.data.pipeline import TRANSCRIBE, answer_of, check_tasks
 from sparqle_jax.transcribe import MINIATURE, Listener
 
 BATCH_SIZE = 32
@@ -24,7 +23,7 @@ BATCH_SIZE = 32
 
 def evaluate(
     listener: Listener,
-    utterances: Sequence[Utterance],
+    data_set: DataSet,
     languages: Sequence[str] = (),
     *,
     from_text: bool = False,
@@ -32,10 +31,11 @@ def evaluate(
     """Scores by task, and for every utterance its answers by task.
 
     from_text: the LLM reads the written text instead of hearing it: what it could reach at best. Scores are
-    those of `score`, for "transcribe" and each language. Raises ValueError for a missing reference, and for a
-    recording in which nothing can be heard, naming the utterance.
+    those of `score`, for "transcribe" and each language. Raises ValueError for a language without references,
+    and for a recording that can't be heard, naming the utterance.
     """
-    tasks = [TRANSCRIBE, *languages]
+    check_tasks(data_set, languages)
+    utterances, tasks = list(data_set), [TRANSCRIBE, *languages]
     references = {task: [answer_of(utterance, task) for utterance in utterances] for task in tasks}
     answers: dict[str, list[str]] = {task: [] for task in tasks}
     progress = tqdm.tqdm(
@@ -45,7 +45,8 @@ def evaluate(
     for start in range(0, len(utterances), batch_size):
         some = utterances[start : start + batch_size]
         if not from_text:  # heard once, for all tasks
-            frames = listener.encode([_read(listener, utterance) for utterance in some], batch_size)
+            waveforms = [_read(listener, data_set, start + i) for i in range(len(some))]
+            frames = listener.encode(waveforms, batch_size)
         for task in tasks:
             if from_text:
                 texts = [utterance.text for utterance in some]
@@ -58,13 +59,13 @@ def evaluate(
     return scores, [{task: answers[task][i] for task in tasks} for i in range(len(utterances))]
 
 
-def _read(listener: Listener, utterance: Utterance) -> np.ndarray:
+def _read(listener: Listener, data_set: DataSet, index: int) -> np.ndarray:
     """Raises ValueError, naming the utterance, for a recording in which nothing can be heard."""
+    waveform = data_set.waveform(index)
     try:
-        waveform = audio.read(utterance.audio)
         listener.check(waveform)
     except ValueError as error:
-        raise ValueError(f"utterance {utterance.id} ({utterance.audio}): {error}") from error
+        raise ValueError(f"utterance {data_set[index].id} of {data_set.folder}: {error}") from error
     return waveform
 
 
@@ -99,7 +100,7 @@ def table(scores: dict[str, dict[str, Any]]) -> str:
 
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser("python -m sparqle_jax.evaluate", description=__doc__.split("\n")[0])
-    parser.add_argument("data", type=Path, help="a data set (see sparqle_jax/data/manifest.py)")
+    parser.add_argument("data", help="a data set that sparqle_jax.data.prepare has made")
     parser.add_argument("--model", type=Path, default=MINIATURE, help="a model folder")
     parser.add_argument(
         "--translate", nargs="*", default=[], metavar="CODE", help="languages, such as fr de es"
@@ -110,13 +111,13 @@ def main(argv: list[str] | None = None) -> None:
     if args.output and not args.output.parent.is_dir():
         parser.error(f"{args.output.parent} is no folder: --output needs one that is there.")
     try:
-        utterances, listener = read_manifest(args.data), Listener.from_folder(args.model)
-        scores, answers = evaluate(listener, utterances, args.translate, from_text=args.from_text)
+        data_set, listener = DataSet(args.data), Listener.from_folder(args.model)
+        scores, answers = evaluate(listener, data_set, args.translate, from_text=args.from_text)
     except (ValueError, FileNotFoundError) as error:
         parser.error(str(error))
-    print(table({args.data.name: scores}))
+    print(table({data_set.folder.name: scores}))
     if args.output:
-        rows = [{"id": u.id, **texts} for u, texts in zip(utterances, answers, strict=True)]
+        rows = [{"id": u.id, **texts} for u, texts in zip(data_set, answers, strict=True)]
         args.output.write_text(json.dumps({"scores": scores, "answers": rows}, indent=1, ensure_ascii=False))
 
 

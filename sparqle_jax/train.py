@@ -11,8 +11,6 @@ command again goes on from the last checkpoint; it ends with the numbers of a ru
 import argparse
 import dataclasses
 import functools
-import hashlib
-import itertools
 import json
 import math
 import signal
@@ -25,6 +23,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 import tqdm
 from flax import nnx
@@ -34,25 +33,26 @@ from tensorboardX import SummaryWriter
 from sparqle_jax import audio, pretrained, prompts
 from sparqle_jax.adapters.qformer import QFormer, QFormerConfig
 from sparqle_jax.config import Config, OptimConfig, Stage1Config, Stage2Config, StageConfig, read_config
+from sparqle_jax.data.dataset import Corpus, DataSet
 from sparqle_jax.data.frames import keep_frames
-from sparqle_jax.data.manifest import MANIFEST, Utterance, read_manifest
 from sparqle_jax.data.pipeline import (
-    TRANSCRIBE,
+    SKIPPED,
     AlignmentExamples,
+    Arrays,
     Examples,
     InstructionExamples,
     Waveforms,
-    answer_of,
     batches,
-    instructions,
+    check_tasks,
 )
+from sparqle_jax.data.plan import Batch, Plan, choose_buckets
 from sparqle_jax.encoders.hubert import Hubert
 from sparqle_jax.evaluate import evaluate, table
 from sparqle_jax.llms.decoder import Decoder
 from sparqle_jax.model import Aligner, AlignmentHeads, SparQLe, make_projection, partition
 from sparqle_jax.transcribe import Listener, ModelSettings, save_model
 
-MANIFEST_HASH = "train.sha256"  # in the run's folder: of the manifest that it is trained on
+DATA_HASHES = "data.json"  # in the run's folder: of the data sets that it is trained on
 
 
 @functools.partial(
@@ -106,7 +106,16 @@ def make_update(graph: nnx.GraphDef, optimizer: optax.GradientTransformation) ->
     return jax.jit(update, donate_argnums=0)
 
 
-def train(model: nnx.Module, examples: Examples, config: StageConfig, folder: Path, seed: int) -> nnx.Module:
+def train(
+    model: nnx.Module,
+    examples: Examples,
+    plan: Plan,
+    config: StageConfig,
+    folder: Path,
+    *,
+    seed: int,
+    workers: int,
+) -> nnx.Module:
     """The model after `config.steps` steps, from the last checkpoint in `folder` if there is one.
 
     The model given can't be used any more. Raises Stopped after Ctrl-C or SIGTERM, when it has saved a
@@ -125,31 +134,66 @@ def train(model: nnx.Module, examples: Examples, config: StageConfig, folder: Pa
         start = int(state.step)
         if start == config.steps:
             return nnx.merge(graph, state.trained, frozen)
-        inputs = batches(examples, config.batch_size, seed=seed, start=start)
-        batch = next(inputs)
-        print(f"{folder.name}: compiling one step for {jax.devices()[0].device_kind} ...", flush=True)
-        began = time.monotonic()
-        # Compiled ahead, so that a batch of another shape is an error, and not another minute of compiling.
-        update = make_update(graph, optimizer).lower(state, frozen, batch, key).compile()
-        print(f"{folder.name}: compiled in {time.monotonic() - began:.0f} s", flush=True)
+        updates = _compile(make_update(graph, optimizer), state, frozen, key, examples, plan, folder.name)
+        inputs = batches(
+            examples,
+            plan,
+            seed=seed,
+            start=start,
+            stop=config.steps,
+            workers=workers,
+            device=jax.devices()[0],
+        )
         with _stop_requested() as stop_requested, _Log(folder, start, config.steps) as log:
             for step in range(start + 1, config.steps + 1):
-                state, metrics = update(state, frozen, batch, key)
+                batch, planned = next(inputs), plan.batch(step - 1)
+                skipped = batch.pop(SKIPPED)
+                state, metrics = updates[planned.bucket](state, frozen, batch, key)
+                log.advance(
+                    planned.indices.size * planned.num_samples, plan.num_samples[planned.indices], skipped
+                )
                 last, stop = step == config.steps, stop_requested()
                 write, save = step % config.log_every == 0, step % config.save_every == 0
                 if write or save or last or stop:
                     values = {name: float(value) for name, value in metrics.items()}
                     _check_finite(step, values)
                 if write or last:
-                    log.write(step, values, float(schedule(step - 1)), batch)
+                    log.write(step, values, float(schedule(step - 1)))
                 if save or last or stop:
                     checkpointer.save(step, state)
                 if stop:
                     raise Stopped(f"{folder.name} stopped at step {step} of {config.steps}")
-                if not last:
-                    batch = next(inputs)
-                log.advance()
     return nnx.merge(graph, state.trained, frozen)
+
+
+def _compile(
+    update: Callable,
+    state: TrainState,
+    frozen: nnx.State,
+    key: jax.Array,
+    examples: Examples,
+    plan: Plan,
+    name: str,
+) -> list[Callable]:
+    """The update for the batches of each bucket. Compiled ahead, so that a batch of another shape is an
+    error, and not another minute of compiling; the longest first, so that what does not fit is known soon."""
+    began, programs = time.monotonic(), {}
+    for batch in reversed(plan.one_of_each()):
+        seconds = batch.num_samples / audio.SAMPLE_RATE
+        print(
+            f"{name}: compiling a step of {len(batch.indices)} recordings of up to {seconds:.2f} s for "
+            f"{jax.devices()[0].device_kind} ...",
+            flush=True,
+        )
+        programs[batch.bucket] = update.lower(state, frozen, _arrays(examples, batch), key).compile()
+    print(f"{name}: compiled in {time.monotonic() - began:.0f} s", flush=True)
+    return [programs[bucket] for bucket in sorted(programs)]
+
+
+def _arrays(examples: Examples, batch: Batch) -> Arrays:
+    arrays = examples.rows(batch, range(len(batch.indices)), 0)
+    del arrays[SKIPPED]
+    return arrays
 
 
 def _check_finite(step: int, metrics: dict[str, float]) -> None:
@@ -201,7 +245,11 @@ class _Log:
         self.bar = tqdm.tqdm(
             total=steps, initial=start, desc=folder.name, unit="step", dynamic_ncols=True, mininterval=0.5
         )
-        self.last = (start, time.monotonic())
+        self.skipped = jnp.int32(0)
+        self._begin()
+
+    def _begin(self) -> None:
+        self.began, self.steps, self.samples, self.padded = time.monotonic(), 0, 0, 0
 
     def __enter__(self) -> "_Log":
         return self
@@ -210,25 +258,31 @@ class _Log:
         self.board.close()
         self.bar.close()
 
-    def advance(self) -> None:
+    def advance(self, padded: int, num_samples: np.ndarray, skipped: jax.Array) -> None:
+        """Counts a step: samples of its batch with padding, of each recording, and records skipped."""
+        self.steps += 1
+        self.samples += int(num_samples.sum())
+        self.padded += padded
+        self.skipped = self.skipped + skipped
         self.bar.update()
 
-    def write(self, step: int, metrics: dict[str, float], lr: float, batch: dict) -> None:
-        last_step, last_time = self.last
-        self.last = (step, time.monotonic())
-        per_second = (step - last_step) / max(self.last[1] - last_time, 1e-9)
-        seconds = (
-            float(batch["frames_mask"].sum()) * audio.FRAME_SECONDS
-            if "frames" in batch
-            else float(batch["waveform_mask"].sum()) / audio.SAMPLE_RATE
-        )
-        values = metrics | {"lr": lr, "audio_seconds_per_second": seconds * per_second}
+    def write(self, step: int, metrics: dict[str, float], lr: float) -> None:
+        """The metrics of a step, and of all steps since the last that were written how fast they were."""
+        audio_rate = self.samples / audio.SAMPLE_RATE / max(time.monotonic() - self.began, 1e-9)
+        values = metrics | {
+            "lr": lr,
+            "padding": 1 - self.samples / self.padded,
+            "audio_seconds_per_second": audio_rate,
+        }
+        if skipped := int(self.skipped):
+            values["skipped"] = skipped
         with open(self.file, "a") as file:
             file.write(json.dumps({"step": step, **values}) + "\n")
         for name, value in values.items():
             self.board.add_scalar(name, value, step)
         shown = {name: f"{value:.3f}" for name, value in metrics.items() if name != "tokens"}
-        self.bar.set_postfix(shown | {"audio": f"{seconds * per_second:.0f}x"}, refresh=False)
+        self.bar.set_postfix(shown | {"audio": f"{audio_rate:.0f}x"}, refresh=False)
+        self._begin()
 
 
 class Run:
@@ -240,54 +294,58 @@ class Run:
 
     def __init__(self, config: Config):
         self.config = config
-        _check_folder(config)
+        corpus = Corpus([DataSet(one.folder) for one in config.data.train.values()])
+        _check_folder(config, corpus)
         rngs = nnx.Rngs(config.seed)
         dtype = jnp.dtype(config.dtype)
         self.extractor = audio.FeatureExtractor.from_folder(config.encoder)
         encoder = pretrained.load_hubert(config.encoder, dtype=dtype)
-        utterances = read_manifest(config.data.train)
-        waveforms = self._waveforms(utterances, encoder)
-        self.tests = {name: read_manifest(folder) for name, folder in config.data.test.items()}
-        test_waveforms = {name: self._waveforms(test, encoder) for name, test in self.tests.items()}
+        speech = self._waveforms(corpus, encoder)
+        self.tests = {name: DataSet(folder) for name, folder in config.data.test.items()}
+        test_speech = {name: self._waveforms(Corpus([test]), encoder) for name, test in self.tests.items()}
+        options: dict[str, Any] = dict(
+            max_tokens=config.data.max_text_tokens, skip_corrupt=config.data.skip_corrupt
+        )
         self.aligner = self.model = None
         examples: list[AlignmentExamples | InstructionExamples] = []
         if config.stage1 is not None:
             tokenizer = prompts.load_tokenizer(config.adapter.tokenizer)
             self.aligner = _make_aligner(config, encoder, tokenizer, rngs)
             vocab_size = self.aligner.adapter.config.vocab_size
-            self.alignment = AlignmentExamples(utterances, waveforms, tokenizer, vocab_size)
+            self.plan1 = _make_plan(config, corpus, config.stage1)
+            self.alignment = AlignmentExamples(corpus, speech, tokenizer, vocab_size, self.plan1, **options)
             self.alignment_tests = {
-                name: AlignmentExamples(test, test_waveforms[name], tokenizer, vocab_size)
-                for name, test in self.tests.items()
+                name: _test_alignment(waveforms, tokenizer, vocab_size, config.stage1.batch_size)
+                for name, waveforms in test_speech.items()
             }
-            _try(self.aligner, self.alignment, config.stage1.batch_size)
+            _try(self.aligner, self.alignment, self.plan1)
             examples.append(self.alignment)
         if config.stage2 is not None:
             self.llm = pretrained.load_decoder(config.llm, dtype=dtype)
             vocab_size = self.llm.config.vocab_size
             self.prompter = prompts.Prompter.from_folder(config.llm, vocab_size)
+            self.plan2 = _make_plan(config, corpus, config.stage2)
+            tasks = [one.tasks or config.stage2.tasks for one in config.data.train.values()]
             self.instruction = InstructionExamples(
-                utterances, waveforms, self.prompter, vocab_size, config.stage2.tasks
+                corpus, speech, self.prompter, vocab_size, tasks, self.plan2, **options
             )
-            for task in (TRANSCRIBE, *config.test_languages):
-                instructions(task)
-                for utterance in itertools.chain(*self.tests.values()):
-                    answer_of(utterance, task)
+            for test in self.tests.values():
+                check_tasks(test, config.test_languages)
             if self.aligner is None:
                 self.model = _make_sparqle(config, encoder, self.llm, rngs)
             else:
                 self.model = SparQLe.from_aligner(self.aligner, self.llm, rngs=rngs)
-            _try(self.model, self.instruction, config.stage2.batch_size)
+            _try(self.model, self.instruction, self.plan2)
             examples.append(self.instruction)
         if config.data.frames is not None:
-            frames = keep_frames(config.data.frames, waveforms, encoder)
+            frames = keep_frames(config.data.frames, speech, encoder)
             for one in examples:
                 one.speech = frames
-        _claim_folder(config)
+        _claim_folder(config, corpus)
 
-    def _waveforms(self, utterances: list[Utterance], encoder: Hubert) -> Waveforms:
+    def _waveforms(self, corpus: Corpus, encoder: Hubert) -> Waveforms:
         shortest = encoder.config.min_samples
-        return Waveforms(utterances, self.extractor, self.config.data.max_seconds, min_samples=shortest)
+        return Waveforms(corpus, self.extractor, self.config.data.max_seconds, min_samples=shortest)
 
     def train(self) -> dict[str, Any]:
         """Trains what is not trained yet, and returns the scores by stage. Raises as the function `train`."""
@@ -298,22 +356,28 @@ class Run:
             results["stage2"] = self._train_stage2(self.config.stage2)
         return results
 
+    def _run(
+        self, model: nnx.Module, examples: Examples, plan: Plan, stage: StageConfig, folder: Path
+    ) -> nnx.Module:
+        workers = self.config.data.workers
+        return train(model, examples, plan, stage, folder, seed=self.config.seed, workers=workers)
+
     def _train_stage1(self, stage: Stage1Config) -> dict[str, Any]:
         folder = _stage_folder(self.config, "stage1")
-        self.aligner = train(self.aligner, self.alignment, stage, folder, self.config.seed)
+        self.aligner = self._run(self.aligner, self.alignment, self.plan1, stage, folder)
         pretrained.save_published(self.aligner, folder / "adapter.safetensors")
         if not stage.evaluate:
             return {}
         return _once(
             folder / "results.json",
-            lambda: _evaluate_losses(self.aligner, self.alignment_tests, stage.batch_size),
+            lambda: _evaluate_losses(self.aligner, self.alignment_tests),
         )
 
     def _train_stage2(self, stage: Stage2Config) -> dict[str, Any]:
         config, folder = self.config, _stage_folder(self.config, "stage2")
         if self.aligner is not None:
             self.model = SparQLe.from_aligner(self.aligner, self.llm, rngs=nnx.Rngs(config.seed))
-        self.model = train(self.model, self.instruction, stage, folder, config.seed)
+        self.model = self._run(self.model, self.instruction, self.plan2, stage, folder)
         settings = ModelSettings(
             encoder=config.encoder,
             llm=config.llm,
@@ -331,14 +395,43 @@ class Run:
         )
 
 
-def _try(model: Aligner | SparQLe, examples: Examples, batch_size: int) -> None:
-    """Traces the loss of a first batch, without running it: sizes that do not fit raise ValueError here."""
-    batch = next(batches(examples, batch_size, seed=0))
+def _make_plan(config: Config, corpus: Corpus, stage: StageConfig) -> Plan:
+    buckets = config.data.buckets
+    lengths = (
+        choose_buckets(corpus.num_samples, buckets)
+        if isinstance(buckets, int)
+        else [round(seconds * audio.SAMPLE_RATE) for seconds in buckets]
+    )
+    weights = [one.weight for one in config.data.train.values() if one.weight is not None]
+    return Plan(
+        corpus.num_samples,
+        lengths,
+        stage.batch_size,
+        seed=config.seed,
+        multiple=config.data.batch_multiple,
+        sizes=corpus.sizes,
+        weights=weights or None,
+    )
+
+
+def _test_alignment(
+    waveforms: Waveforms, tokenizer: Any, vocab_size: int, batch_size: int
+) -> tuple[AlignmentExamples, Plan]:
+    """A data set to evaluate stage 1 on, all of one length."""
+    lengths = waveforms.corpus.num_samples
+    plan = Plan(lengths, choose_buckets(lengths, 1), min(batch_size, len(lengths)), seed=0)
+    return AlignmentExamples(waveforms.corpus, waveforms, tokenizer, vocab_size, plan), plan
+
+
+def _try(model: Aligner | SparQLe, examples: Examples, plan: Plan) -> None:
+    """Traces the loss of a batch of the longest recordings, without running it: sizes that do not fit raise
+    ValueError here."""
+    batch = _arrays(examples, plan.one_of_each()[-1])
     graph, state = nnx.split(model)
     jax.eval_shape(lambda state, key: nnx.merge(graph, state).loss(batch, key), state, jax.random.key(0))
 
 
-def _check_folder(config: Config) -> None:
+def _check_folder(config: Config, corpus: Corpus) -> None:
     """Raises ValueError when the run's folder holds a run of another configuration, or on other data."""
     file = config.run / "config.json"
     if not file.is_file():
@@ -346,8 +439,8 @@ def _check_folder(config: Config) -> None:
     there, wanted = json.loads(file.read_text()), config.model_dump(mode="json")
     there["run"] = wanted["run"]  # a folder may be moved
     differences = _differences(there, wanted)
-    if (config.run / MANIFEST_HASH).read_text() != _manifest_hash(config):
-        differences.append(f"what is in {config.data.train}")
+    if json.loads((config.run / DATA_HASHES).read_text()) != _data_hashes(corpus):
+        differences.append("what is in data.train")
     if differences:
         raise ValueError(
             f"{config.run} holds another run (other: {', '.join(differences)}): choose another folder with "
@@ -355,16 +448,15 @@ def _check_folder(config: Config) -> None:
         )
 
 
-def _claim_folder(config: Config) -> None:
+def _claim_folder(config: Config, corpus: Corpus) -> None:
     config.run.mkdir(parents=True, exist_ok=True)
     if not (config.run / "config.json").is_file():
-        _write_text(config.run / MANIFEST_HASH, _manifest_hash(config))
+        _write_text(config.run / DATA_HASHES, json.dumps(_data_hashes(corpus)) + "\n")
         _write_text(config.run / "config.json", config.model_dump_json(indent=2) + "\n")
 
 
-def _manifest_hash(config: Config) -> str:
-    file = config.data.train / MANIFEST
-    return hashlib.sha256(file.read_bytes()).hexdigest() if file.is_file() else ""
+def _data_hashes(corpus: Corpus) -> list[str]:
+    return [data_set.fingerprint for data_set in corpus.data_sets]
 
 
 def _write_text(file: Path, text: str) -> None:
@@ -425,16 +517,15 @@ def _make_sparqle(config: Config, encoder: Hubert, llm: Decoder, rngs: nnx.Rngs)
 
 
 def _evaluate_losses(
-    aligner: Aligner, tests: dict[str, AlignmentExamples], batch_size: int
+    aligner: Aligner, tests: dict[str, tuple[AlignmentExamples, Plan]]
 ) -> dict[str, dict[str, float]]:
     """The mean of each loss on each data set, over its whole batches."""
     graph, state = nnx.split(aligner)
     loss_of = jax.jit(lambda state, batch, key: nnx.merge(graph, state).loss(batch, key, train=False)[1])
     results = {}
-    for name, examples in tests.items():
-        size = min(batch_size, len(examples))
-        inputs = batches(examples, size, seed=0)
-        number = len(examples) // size
+    for name, (examples, plan) in tests.items():
+        number = plan.batches_per_epoch
+        inputs = batches(examples, plan, seed=0, stop=number)
         bar = tqdm.trange(number, desc=f"evaluate stage 1: {name}", unit="batch")
         parts = [loss_of(state, next(inputs), jax.random.key(step)) for step in bar]
         results[name] = {key: float(sum(part[key] for part in parts)) / number for key in parts[0]}
@@ -442,7 +533,7 @@ def _evaluate_losses(
 
 
 def _evaluate_answers(
-    listener: Listener, tests: dict[str, list[Utterance]], languages: tuple[str, ...]
+    listener: Listener, tests: dict[str, DataSet], languages: tuple[str, ...]
 ) -> dict[str, Any]:
     results = {name: evaluate(listener, test, languages)[0] for name, test in tests.items()}
     if results:

@@ -33,8 +33,17 @@ def test_overrides_reach_any_depth_and_keep_their_types():
     assert config.test_languages == ("fr",)
     assert config.run == Path("elsewhere")
     assert config.stage2.tasks == {"transcribe": 1.0, "fr": 0.5}
-    assert config.data.test["mine"] == Path("some/folder")
+    assert config.data.test["mine"] == "some/folder"
     assert config.stage2.optim.warmup_steps == read_config(TINY).stage2.optim.warmup_steps
+
+
+def test_training_data_are_a_folder_or_a_mixture():
+    assert read_config(TINY, ["data.train=gs://bucket/data"]).data.train["train"].folder == "gs://bucket/data"
+    mixture = '{"a": {"folder": "A", "weight": 2}, "b": {"folder": "B", "weight": 1, "tasks": {"de": 1}}}'
+    data = read_config(TINY, [f"data.train={mixture}", "data.buckets=[1.5, 3]"]).data
+    assert (data.train["a"].weight, data.train["b"].tasks) == (2.0, {"de": 1.0})
+    assert data.buckets == (1.5, 3.0)
+    assert read_config(TINY, ["data.buckets=3"]).data.buckets == 3
 
 
 def test_a_written_configuration_reads_back(tmp_path):
@@ -57,6 +66,10 @@ def test_a_written_configuration_reads_back(tmp_path):
         ("stage1.losses=[]", "stage1.losses: Tuple should have at least 1 item"),
         ("stage2.tasks={}", "stage2.tasks: Dictionary should have at least 1 item"),
         ('stage2.steps="100"', "stage2.steps: Input should be a valid integer"),
+        ("data.buckets=0", "data.buckets"),
+        ('data.train={"a": {"folder": "A", "weight": 1}, "b": {"folder": "B"}}', r"not for \['b'\]"),
+        ("data.train={}", "data.train: Dictionary should have at least 1 item"),
+        ("seed=-1", "seed: Input should be greater than or equal to 0"),
         ("seed=true", "seed: Input should be a valid integer"),
         ("stage2.optim.b1=2", "stage2.optim.b1: Input should be less than 1"),
         ("adapter.sizes.hidden=3", r"adapter.sizes: .*no keys \['hidden'\]; valid: num_queries"),

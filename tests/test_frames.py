@@ -1,15 +1,14 @@
 """Frames kept in a file: what the encoder gives, computed once, and again when anything in it differs."""
 
 import dataclasses
-import os
 
 import numpy as np
 import pytest
 
 from sparqle_jax import audio, pretrained
 from sparqle_jax.data import frames as module
+from sparqle_jax.data.dataset import Corpus, DataSet
 from sparqle_jax.data.frames import keep_frames
-from sparqle_jax.data.manifest import read_manifest
 from sparqle_jax.data.pipeline import Waveforms
 from sparqle_jax.demo.__main__ import MODELS
 from tests.conftest import call
@@ -21,42 +20,53 @@ def encoder():
 
 
 @pytest.fixture
-def waveforms(small_world, monkeypatch):
+def corpus(small_world) -> Corpus:
+    return Corpus([DataSet(small_world / "heard")])
+
+
+@pytest.fixture
+def waveforms(corpus, monkeypatch):
     monkeypatch.setattr(module, "BATCH_SIZE", 3)  # so that the last batch is not full
-    return Waveforms(read_manifest(small_world / "heard"), audio.FeatureExtractor(), 3.0)
+    return Waveforms(corpus, audio.FeatureExtractor(), 3.0)
 
 
 def test_kept_frames_are_the_encoders(waveforms, encoder, tmp_path, monkeypatch):
     kept = keep_frames(tmp_path / "frames", waveforms, encoder)
-    assert len(kept.rows) == len(waveforms)
-    for index in (0, 7):
-        row, speech = kept[index], waveforms[index]
-        frames, mask = call(encoder.__call__, speech["waveform"][None], speech["waveform_mask"][None])
-        np.testing.assert_array_equal(row["frames_mask"], mask[0])
-        np.testing.assert_allclose(row["frames"], frames[0], rtol=1e-3, atol=1e-3)  # float16
+    for length in (48_000, 52_345):
+        speech, rows = waveforms.rows([0, 7], length), kept.rows([0, 7], length)
+        frames, mask = call(encoder.__call__, speech["waveform"], speech["waveform_mask"])
+        np.testing.assert_array_equal(rows["frames_mask"], mask)
+        assert rows["frames"].shape == frames.shape
+        real = np.asarray(mask)
+        np.testing.assert_allclose(rows["frames"][real], frames[real], rtol=1e-3, atol=1e-3)  # float16
 
     monkeypatch.setattr(module, "_compute", lambda *_: pytest.fail("computed again"))
     again = keep_frames(tmp_path / "frames", waveforms, encoder)
-    np.testing.assert_array_equal(again.rows, kept.rows)
+    np.testing.assert_array_equal(again.frames, kept.frames)
 
 
-def test_another_encoder_or_other_recordings_have_another_file(waveforms, encoder, tmp_path, monkeypatch):
-    monkeypatch.setattr(module, "_compute", lambda out, row, *_: out.write(bytes(row.itemsize)))
+def test_another_encoder_or_other_recordings_have_another_file(
+    waveforms, encoder, small_world, tmp_path, monkeypatch
+):
+    def write(out, ends, waveforms, encoder) -> None:
+        out.write(bytes(2 * encoder.config.hidden_size * int(ends[-1])))
+
+    monkeypatch.setattr(module, "_compute", write)
 
     def num_files(waveforms, encoder) -> int:
         keep_frames(tmp_path, waveforms, encoder)
         return len(list(tmp_path.iterdir()))
 
     assert num_files(waveforms, encoder) == 1
-    assert num_files(Waveforms(waveforms.utterances[:7], waveforms.extractor, 3.0), encoder) == 2
-    assert num_files(Waveforms(waveforms.utterances, waveforms.extractor, 2.99), encoder) == 3
-    other = audio.FeatureExtractor(do_normalize=False)
-    assert num_files(Waveforms(waveforms.utterances, other, 3.0), encoder) == 4
+    other = Corpus([DataSet(small_world / "unheard")])
+    assert num_files(Waveforms(other, waveforms.extractor, 3.0), encoder) == 2
+    assert (
+        num_files(Waveforms(waveforms.corpus, audio.FeatureExtractor(do_normalize=False), 3.0), encoder) == 3
+    )
     scaled = pretrained.load_hubert(MODELS / "hubert")
     scaled.feature_norm.scale.set_value(2 * scaled.feature_norm.scale[...])
-    assert num_files(waveforms, scaled) == 5
-    os.utime(waveforms.utterances[0].audio, (0, 0))
-    assert num_files(waveforms, encoder) == 6
+    assert num_files(waveforms, scaled) == 4
+    assert num_files(waveforms, encoder) == 4
 
 
 def test_stopped_it_goes_on_where_it_was(waveforms, encoder, tmp_path):
@@ -66,19 +76,19 @@ def test_stopped_it_goes_on_where_it_was(waveforms, encoder, tmp_path):
         def __init__(self):
             self.__dict__.update(waveforms.__dict__)
 
-        def __getitem__(self, index):
-            if index == 5:
+        def rows(self, indices, num_samples):
+            if 5 in indices:
                 raise KeyboardInterrupt
-            return super().__getitem__(index)
+            return super().rows(indices, num_samples)
 
     with pytest.raises(KeyboardInterrupt):
         keep_frames(tmp_path / "stopped", Stopping(), encoder)
     (partial,) = (tmp_path / "stopped").iterdir()
-    assert partial.stat().st_size == 3 * whole.rows.itemsize
+    assert partial.stat().st_size == whole.ends[3] * whole.frames.shape[1] * 2
     with open(partial, "ab") as file:
         file.write(b"half a row")
     again = keep_frames(tmp_path / "stopped", waveforms, encoder)
-    np.testing.assert_array_equal(again.rows, whole.rows)
+    np.testing.assert_array_equal(again.frames, whole.frames)
     assert [file.suffix for file in (tmp_path / "stopped").iterdir()] == [".frames"]
 
 

@@ -1,57 +1,74 @@
-"""Batches: a function of seed and number alone, each example once an epoch, the right words in them."""
+"""Batches: a function of seed and number alone, whatever the hosts, with the right words in them."""
 
-import itertools
+import shutil
 
+import grain
+import jax
 import numpy as np
 import pytest
-import soundfile
 
 from sparqle_jax import audio, prompts
 from sparqle_jax.data import pipeline
-from sparqle_jax.data.manifest import read_manifest
+from sparqle_jax.data.dataset import Corpus, DataSet
+from sparqle_jax.data.plan import Plan, choose_buckets
 from sparqle_jax.demo import grammar, language_model
 
 VOCAB_SIZE = language_model.VOCAB_SIZE
+TASKS = {"transcribe": 1.0, "de": 1.0}
 
 
 class Numbers:
     """Examples that are their own number, and a random one."""
 
-    def __init__(self, num: int):
-        self.num = num
-
-    def __len__(self) -> int:
-        return self.num
-
-    def example(self, index, rng):
-        return {"index": np.int32(index), "drawn": rng.integers(1 << 30)}
+    def rows(self, batch, places, seed):
+        drawn = [np.random.default_rng([seed, batch.number, place]).integers(1 << 30) for place in places]
+        return {"index": batch.indices[list(places)], "drawn": np.array(drawn)}
 
 
-def take(num: int, size: int, **kwargs) -> list[dict]:
-    return list(itertools.islice(pipeline.batches(Numbers(num), size, **kwargs), 12))
+def numbers_plan(num: int = 100, **kwargs) -> Plan:
+    lengths = np.random.default_rng(0).integers(audio.SAMPLE_RATE, 4 * audio.SAMPLE_RATE, num)
+    values = dict(buckets=choose_buckets(lengths, 3), batch_size=8, seed=0, multiple=8) | kwargs
+    return Plan(lengths, **values)
 
 
-def test_every_example_comes_once_an_epoch_in_an_order_of_its_own():
-    epochs = np.concatenate([b["index"] for b in take(12, 4, seed=0)]).reshape(-1, 12)
-    for epoch in epochs:
-        assert sorted(epoch) == list(range(12))
-    assert len({tuple(epoch) for epoch in epochs}) == len(epochs)
-    other = np.concatenate([b["index"] for b in take(12, 4, seed=1)]).reshape(-1, 12)
-    assert not (other == epochs).all()
+def take(plan: Plan, stop: int, **kwargs) -> list[dict]:
+    return list(pipeline.batches(Numbers(), plan, seed=3, stop=stop, **kwargs))
 
 
-@pytest.mark.parametrize("start", [1, 2, 5, 11])
-def test_a_batch_depends_on_its_number_alone(start):
-    whole = take(10, 4, seed=3)
-    again = take(10, 4, seed=3, start=start)
-    for a, b in zip(whole[start:], again, strict=False):
+def assert_equal(one: list[dict], other: list[dict]) -> None:
+    assert len(one) == len(other)
+    for a, b in zip(one, other, strict=True):
+        assert a.keys() == b.keys()
         for name in a:
-            np.testing.assert_array_equal(a[name], b[name])
+            np.testing.assert_array_equal(a[name], b[name], name)
 
 
-def test_fewer_examples_than_a_batch_are_an_error():
-    with pytest.raises(ValueError, match="3 examples, fewer than a batch of 4"):
-        pipeline.batches(Numbers(3), 4, seed=0)
+@pytest.mark.parametrize("num_hosts", [2, 4, 8])
+def test_hosts_put_together_have_the_batches_of_one(num_hosts):
+    plan = numbers_plan()
+    hosts = [take(plan, 30, host=host, num_hosts=num_hosts) for host in range(num_hosts)]
+    together = [
+        {name: np.concatenate([b[name] for b in rows]) for name in rows[0]}
+        for rows in zip(*hosts, strict=True)
+    ]
+    assert_equal(together, take(plan, 30))
+
+
+def test_stopped_it_goes_on_with_the_same_examples_also_on_other_hosts():
+    plan = numbers_plan()
+    whole = take(plan, 30)
+    assert_equal(take(numbers_plan(), 30, start=11), whole[11:])
+    hosts = [take(numbers_plan(), 30, start=17, host=host, num_hosts=4) for host in range(4)]
+    together = [
+        {name: np.concatenate([b[name] for b in rows]) for name in rows[0]}
+        for rows in zip(*hosts, strict=True)
+    ]
+    assert_equal(together, whole[17:])
+
+
+def test_hosts_that_do_not_divide_a_batch_are_an_error():
+    with pytest.raises(ValueError, match=r"can't be divided among 3 hosts: make data\.batch_multiple"):
+        take(numbers_plan(), 1, num_hosts=3)
 
 
 @pytest.fixture(scope="module")
@@ -60,67 +77,162 @@ def tokenizer():
 
 
 @pytest.fixture(scope="module")
-def utterances(small_world):
-    return read_manifest(small_world / "train")
+def corpus(small_world) -> Corpus:
+    return Corpus([DataSet(small_world / "train")])
 
 
-def test_instruction_examples_ask_and_answer_in_one_language(utterances, tokenizer):
+def make_examples(corpus, tokenizer, tasks=TASKS, *, buckets: int = 2, **kwargs):
+    plan = Plan(
+        corpus.num_samples, choose_buckets(corpus.num_samples, buckets), 2, seed=0, sizes=corpus.sizes
+    )
     prompter = prompts.Prompter(tokenizer, VOCAB_SIZE)
-    waveforms = pipeline.Waveforms(utterances, audio.FeatureExtractor(), 3.0)
-    tasks = {"transcribe": 1.0, "de": 1.0}
-    examples = pipeline.InstructionExamples(utterances, waveforms, prompter, VOCAB_SIZE, tasks)
-    rng, seen = np.random.default_rng(0), set()
-    for _ in range(20):
-        row = examples.example(5, rng)
-        asked = tokenizer.decode(row["after"][row["after_mask"]])
-        answer = prompter.decode(row["answer"][row["answer_mask"]])
-        german = "German" in asked
-        seen.add(german)
-        assert answer == (utterances[5].translations["de"] if german else utterances[5].text)
-        assert row["answer"][row["answer_mask"]][-1] == prompter.end_id
+    waveforms = pipeline.Waveforms(corpus, audio.FeatureExtractor(), 3.0)
+    tasks = [tasks] * len(corpus.sizes) if isinstance(tasks, dict) else tasks
+    return plan, pipeline.InstructionExamples(corpus, waveforms, prompter, VOCAB_SIZE, tasks, plan, **kwargs)
+
+
+def test_instruction_examples_ask_and_answer_in_one_language(corpus, tokenizer):
+    plan, examples = make_examples(corpus, tokenizer)
+    prompter, seen = examples.prompter, set()
+    for number in range(2 * plan.batches_per_epoch):
+        batch = plan.batch(number)
+        arrays = examples.rows(batch, range(len(batch.indices)), seed=1)
+        assert arrays["waveform"].shape == (len(batch.indices), batch.num_samples)
+        for row, index in enumerate(batch.indices):
+            asked = tokenizer.decode(arrays["after"][row][arrays["after_mask"][row]])
+            answer = arrays["answer"][row][arrays["answer_mask"][row]]
+            german = "German" in asked
+            seen.add(german)
+            utterance = corpus[index]
+            assert prompter.decode(answer) == (utterance.translations["de"] if german else utterance.text)
+            assert answer[-1] == prompter.end_id
+            waveform = arrays["waveform"][row][arrays["waveform_mask"][row]]
+            expected = audio.FeatureExtractor()(corpus.waveform(index))
+            np.testing.assert_allclose(waveform, expected, atol=1e-6)
     assert seen == {True, False}
-    waveform = row["waveform"][row["waveform_mask"]]
-    np.testing.assert_allclose(waveform, audio.FeatureExtractor()(audio.read(utterances[5].audio)), atol=1e-6)
 
 
-def test_recordings_that_can_not_be_used_are_named_at_the_start(utterances, tmp_path):
-    def replaced(name: str, waveform: np.ndarray, rate: int = 16_000):
-        soundfile.write(tmp_path / name, waveform, rate)
-        return utterances[0].model_copy(update={"id": name, "audio": tmp_path / name})
+def test_tasks_are_drawn_by_weight_and_by_data_set(small_world, tokenizer):
+    corpus = Corpus([DataSet(small_world / "train"), DataSet(small_world / "heard")])
+    plan, examples = make_examples(corpus, tokenizer, [{"transcribe": 3.0, "de": 1.0}, {"fr": 1.0}])
+    asked = {True: [], False: []}
+    for number in range(40):
+        batch = plan.batch(number)
+        arrays = examples.rows(batch, range(len(batch.indices)), seed=0)
+        for row, index in enumerate(batch.indices):
+            text = tokenizer.decode(arrays["after"][row][arrays["after_mask"][row]])
+            language = next((name for name in ("German", "French") if name in text), "English")
+            asked[index < 24].append(language)
+    assert set(asked[False]) == {"French"}
+    assert set(asked[True]) == {"English", "German"}
+    assert asked[True].count("German") / len(asked[True]) == pytest.approx(0.25, abs=0.1)
 
-    (tmp_path / "text.wav").write_bytes(b"no sound")
-    text = utterances[0].model_copy(update={"id": "text", "audio": tmp_path / "text.wav"})
-    given = [
-        utterances[0],
-        text,
-        replaced("empty.wav", np.zeros(0)),
-        replaced("short.wav", np.zeros(1000), 44_100),  # 363 samples at 16 kHz
-        replaced("long.wav", np.zeros(24_001), 8_000),  # 3.0001 s, whatever the manifest says
+
+def test_texts_of_a_bucket_are_padded_to_its_longest(corpus, tokenizer):
+    plan, examples = make_examples(corpus, tokenizer)
+    counts = [
+        max(len(examples.prompter.answer(text)) for text in (u.text, u.translations["de"])) for u in corpus
     ]
-    with pytest.raises(ValueError, match="can't be used") as error:
-        pipeline.Waveforms(given, audio.FeatureExtractor(), 3.0)
-    lines = str(error.value).splitlines()[1:]
-    assert [line.split(":")[0].strip() for line in lines] == ["text", "empty.wav", "short.wav", "long.wav"]
-    assert "363 samples, fewer than a frame's 400" in lines[2]
-    assert "3.00 s, longer than data.max_seconds=3.0" in lines[3]
-
-
-def test_a_recording_that_breaks_later_is_named(utterances, tmp_path):
-    soundfile.write(tmp_path / "broken.wav", np.zeros(1000), 16_000)
-    broken = utterances[0].model_copy(update={"audio": tmp_path / "broken.wav"})
-    waveforms = pipeline.Waveforms([broken], audio.FeatureExtractor(), 3.0)
-    (tmp_path / "broken.wav").write_bytes(b"no sound")
-    with pytest.raises(ValueError, match=f"utterance {broken.id} .*broken.wav"):
-        waveforms[0]
-
-
-def test_a_missing_translation_is_named(utterances, tokenizer):
-    one = utterances[0].model_copy(update={"translations": {"fr": "bonjour"}})
-    waveforms = pipeline.Waveforms([one], audio.FeatureExtractor(), 3.0)
-    with pytest.raises(ValueError, match=rf"{one.id} has no translation into 'de'; it has \['fr'\]"):
-        pipeline.InstructionExamples(
-            [one], waveforms, prompts.Prompter(tokenizer, VOCAB_SIZE), VOCAB_SIZE, {"de": 1.0}
+    for bucket, length in zip(plan.buckets, examples.lengths, strict=True):
+        assert length == max(
+            c for c, u in zip(counts, corpus, strict=True) if u.num_samples <= bucket.num_samples
         )
+    _, fixed = make_examples(corpus, tokenizer, max_tokens=33)
+    assert fixed.lengths == [33, 33]
+
+
+def test_equal_texts_of_a_batch_have_one_number(corpus):
+    from transformers import AutoTokenizer
+
+    words = AutoTokenizer.from_pretrained("sparqle_jax/demo/models/words")
+    twice = Corpus([*corpus.data_sets, *corpus.data_sets])
+    plan = Plan(twice.num_samples, choose_buckets(twice.num_samples, 1), 48, seed=0)
+    waveforms = pipeline.Waveforms(twice, audio.FeatureExtractor(), 3.0)
+    examples = pipeline.AlignmentExamples(twice, waveforms, words, 1000, plan)
+    batch = plan.batch(0)
+    halves = [examples.rows(batch, range(24 * host, 24 * host + 24), 0)["recording_id"] for host in range(2)]
+    ids = np.concatenate(halves)
+    texts = np.array([twice[index].text for index in batch.indices])
+    np.testing.assert_array_equal(ids[:, None] == ids, texts[:, None] == texts)
+    assert len(set(ids)) == len(set(texts)) < 48
+
+
+@pytest.mark.parametrize("device", [False, True])
+def test_worker_processes_and_devices_give_the_same_batches(device, corpus, tokenizer):
+    plan, examples = make_examples(corpus, tokenizer)
+    one = list(pipeline.batches(examples, plan, seed=0, stop=6))
+    options = dict(device=jax.devices()[1]) if device else dict(workers=2)
+    other = list(pipeline.batches(examples, plan, seed=0, stop=6, **options))
+    assert_equal(one, other)
+    if device:
+        assert other[0]["waveform"].devices() == {jax.devices()[1]}
+
+
+def test_the_plan_is_grains_source():
+    plan = numbers_plan()
+    dataset = grain.MapDataset.source(pipeline.HostBatches(plan, 7))
+    assert len(dataset) == 7
+    np.testing.assert_array_equal(dataset[5].indices, plan.batch(5).indices)
+
+
+def test_recordings_that_can_not_be_used_are_named_at_the_start(corpus):
+    lengths = corpus.num_samples / audio.SAMPLE_RATE
+    with pytest.raises(ValueError, match=r"1 recordings are shorter .* or longer than") as error:
+        pipeline.Waveforms(corpus, audio.FeatureExtractor(), np.sort(lengths)[-2])
+    assert corpus[int(lengths.argmax())].id in str(error.value)
+    with pytest.raises(ValueError, match=r"24 recordings are shorter than 3 s"):
+        pipeline.Waveforms(corpus, audio.FeatureExtractor(), 9.0, min_samples=48_000)
+
+
+@pytest.fixture
+def corrupt(small_world, tmp_path) -> Corpus:
+    """A data set of 24 of whose records some are overwritten."""
+    shutil.copytree(small_world / "train", tmp_path / "train")
+    (shard,) = (tmp_path / "train").glob("speech-train*")
+    content = bytearray(shard.read_bytes())
+    content[len(content) // 2 : len(content) // 2 + 1000] = bytes(1000)
+    shard.write_bytes(content)
+    return Corpus([DataSet(tmp_path / "train")])
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_a_corrupt_record_stops_with_its_name_and_shard(corrupt, tokenizer, workers):
+    plan, examples = make_examples(corrupt, tokenizer)
+    with pytest.raises(Exception, match=r"can't be read, record \d+ of .*, in speech-train") as error:
+        list(pipeline.batches(examples, plan, seed=0, stop=plan.batches_per_epoch, workers=workers))
+    assert "data.skip_corrupt=true" in str(error.value)
+
+
+def test_a_corrupt_record_is_skipped_and_counted_when_told_to(corrupt, corpus, tokenizer, capfd):
+    bad = set()
+    for i in range(24):
+        try:
+            corrupt.waveform(i)
+        except ValueError:
+            bad.add(i)
+    assert 0 < len(bad) < 6
+    plan, examples = make_examples(corrupt, tokenizer, skip_corrupt=True)
+    _, whole = make_examples(corpus, tokenizer)
+    skipped = 0
+    for number in range(plan.batches_per_epoch):
+        batch = plan.batch(number)
+        arrays = examples.rows(batch, range(len(batch.indices)), 0)
+        expected = whole.rows(batch, range(len(batch.indices)), 0)
+        here = [place for place, index in enumerate(batch.indices) if index in bad]
+        assert arrays["skipped"] == len(here)
+        skipped += len(here)
+        assert arrays["waveform"].shape == expected["waveform"].shape
+        if not here:
+            np.testing.assert_array_equal(arrays["waveform"], expected["waveform"])
+        rows = {row.tobytes() for row in expected["waveform"]}
+        assert all(row.tobytes() in rows for row in arrays["waveform"])
+    assert skipped == len(set(np.concatenate([rows.ravel() for rows in plan.epoch(0)])) & bad)
+    assert capfd.readouterr().err.count("skipped: ") == skipped
+
+
+def test_a_task_without_answers_is_named(corpus, tokenizer):
+    with pytest.raises(ValueError, match=r"has no translations into 'it'; it has \['de', 'es', 'fr'\]"):
+        make_examples(corpus, tokenizer, {"it": 1.0})
 
 
 def test_languages_go_by_name_or_code():

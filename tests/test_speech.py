@@ -1,13 +1,10 @@
 """Synthesised speech, and the data sets made of it."""
 
-import json
-from pathlib import Path
-
 import numpy as np
 import pytest
 
 from sparqle_jax import audio
-from sparqle_jax.data.manifest import Utterance, read_manifest, write_manifest
+from sparqle_jax.data.dataset import DataSet
 from sparqle_jax.demo import grammar, say, speech, world
 
 
@@ -46,14 +43,13 @@ def test_what_can_not_be_spoken_is_an_error(text, voice, message):
 
 
 def test_world_has_other_sentences_and_voices_for_evaluation(small_world):
-    train, heard, unheard = (read_manifest(small_world / name) for name in ("train", "heard", "unheard"))
+    train, heard, unheard = (DataSet(small_world / name) for name in ("train", "heard", "unheard"))
     assert [len(train), len(heard), len(unheard)] == [24, 8, 8]
     assert {u.text for u in train}.isdisjoint(u.text for u in (*heard, *unheard))
     assert {u.speaker.split("+")[1] for u in unheard} <= set(speech.UNHEARD)
     assert {u.speaker.split("+")[1] for u in (*train, *heard)} <= set(speech.HEARD)
-    for utterance in train:
-        waveform = audio.read(utterance.audio)
-        assert len(waveform) == round(utterance.duration * audio.SAMPLE_RATE)
+    for i, utterance in enumerate(train):
+        assert len(train.waveform(i)) == utterance.num_samples
         assert utterance.duration <= world.MAX_SECONDS
         assert set(utterance.translations) == set(grammar.LANGUAGES) - {"en"}
 
@@ -65,13 +61,14 @@ def test_a_whole_data_set_stays_a_partial_one_is_made_again_another_is_an_error(
     (partial / "000000-0.wav").write_text("cut off")
     world.make_data_set(folder, 2, seed=0, voices=("m1",))
     assert not partial.exists()
-    first = (folder / "manifest.jsonl").stat().st_mtime_ns
+    first = (folder / "index.arrow").stat().st_mtime_ns
     world.make_data_set(folder, 2, seed=0, voices=("m1",))
-    assert (folder / "manifest.jsonl").stat().st_mtime_ns == first
+    assert (folder / "index.arrow").stat().st_mtime_ns == first
     for other in (dict(num=3, seed=0), dict(num=2, seed=1)):
         with pytest.raises(ValueError, match="is there already, and is not the data set"):
             world.make_data_set(folder, **other, voices=("m1",))
-    assert len(read_manifest(folder)) == 2
+    assert len(DataSet(folder)) == 2
+    assert not list(tmp_path.glob("some.*"))
 
 
 def test_say_writes_a_recording(tmp_path, capsys):
@@ -80,36 +77,3 @@ def test_say_writes_a_recording(tmp_path, capsys):
     with pytest.raises(SystemExit):
         say.main(["ten", "--voice", "nobody"])
     assert "no voice variant" in capsys.readouterr().err
-
-
-@pytest.mark.parametrize(
-    ("line", "message"),
-    [
-        ({"id": "b", "audio": "a.wav", "text": "x"}, "line 2: duration: Field required"),
-        ({"id": "b", "audio": "a.wav", "text": "x", "duration": -1}, "line 2: duration"),
-        ({"id": "b", "audio": "a.wav", "text": "x", "duration": 1, "speakr": ""}, "line 2: speakr"),
-        ({"id": "a", "audio": "a.wav", "text": "x", "duration": 1}, "line 2: the id 'a' occurs twice"),
-    ],
-)
-def test_a_manifest_that_is_not_right_names_its_lines(tmp_path, line, message):
-    good = {"id": "a", "audio": "a.wav", "text": "x", "duration": 1}
-    (tmp_path / "a.wav").write_bytes(b"")
-    (tmp_path / "manifest.jsonl").write_text(json.dumps(good) + "\n" + json.dumps(line) + "\n")
-    with pytest.raises(ValueError, match=message):
-        read_manifest(tmp_path)
-
-
-def test_a_manifest_keeps_every_character_of_its_texts(tmp_path):
-    (tmp_path / "a.wav").write_bytes(b"")
-    odd = Utterance(id="a", audio=Path("a.wav"), text="one\u2028two\x85three\n", duration=1.0)
-    write_manifest(tmp_path, [odd])
-    assert read_manifest(tmp_path)[0].text == odd.text
-
-
-def test_a_manifest_without_its_recordings_names_them(tmp_path):
-    line = {"id": "a", "audio": "a.wav", "text": "x", "duration": 1}
-    (tmp_path / "manifest.jsonl").write_text(json.dumps(line) + "\n")
-    with pytest.raises(FileNotFoundError, match=r"a: .*a\.wav"):
-        read_manifest(tmp_path)
-    with pytest.raises(FileNotFoundError, match="is no data set"):
-        read_manifest(tmp_path / "nowhere")

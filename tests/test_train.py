@@ -136,7 +136,7 @@ def test_stopped_and_killed_it_ends_with_the_same_numbers(whole, small_world, tm
     [
         ("stage2.optim.lr=0.5", "other: stage2.optim.lr"),
         ("seed=1", "other: seed"),
-        ("data.train=DATA/heard", "other: data.train"),
+        ("data.train=DATA/heard", "other: data.train.train.folder"),
     ],
 )
 def test_another_configuration_does_not_go_on_in_a_runs_folder(whole, small_world, change, message, capsys):
@@ -150,14 +150,14 @@ def test_other_data_under_the_same_name_do_not_go_on(whole, small_world, tmp_pat
     shutil.copytree(whole, run)
     shutil.copytree(small_world / "train", data)
     config = json.loads((run / "config.json").read_text())
-    config["data"]["train"] = str(data)
+    config["data"]["train"]["train"]["folder"] = str(data)
     (run / "config.json").write_text(json.dumps(config))
     assert train.main([str(run / "config.json"), "--set", f"run={run}"]) == 0  # the same, though moved
-    lines = (data / "manifest.jsonl").read_text().splitlines(keepends=True)
-    (data / "manifest.jsonl").write_text("".join(reversed(lines)))
+    shutil.rmtree(data)
+    shutil.copytree(small_world / "heard", data)
     with pytest.raises(SystemExit):
         train.main([str(run / "config.json"), "--set", f"run={run}"])
-    assert f"other: what is in {data}" in capsys.readouterr().err
+    assert "other: what is in data.train" in capsys.readouterr().err
 
 
 def test_a_step_that_is_not_finite_is_not_saved(small_world, tmp_path, capsys):
@@ -174,17 +174,25 @@ def test_a_step_that_is_not_finite_is_not_saved(small_world, tmp_path, capsys):
         ("llm=nowhere", "nowhere"),
         ("data.train=nowhere", "nowhere is no data set"),
         ("adapter.tokenizer=nowhere", "nowhere is no folder"),
-        ("data.max_seconds=1.2", "s, longer than data.max_seconds=1.2"),
-        ('stage2.tasks={"it": 1}', "has no translation into 'it'"),
-        ('test_languages=["it"]', "has no translation into 'it'"),
+        ("data.max_seconds=1.2", "or longer than data.max_seconds=1.2: 000"),
+        ("data.buckets=[1.2]", "recordings are longer than the longest bucket, 1.20 s"),
+        ("data.batch_multiple=3", "batch_size=4 is not a multiple of data.batch_multiple=3"),
+        ('stage2.tasks={"it": 1}', "has no translations into 'it'; it has ['de', 'es', 'fr']"),
+        (
+            'data.train={"mine": {"folder": "DATA/train", "tasks": {"it": 1}}}',
+            "has no translations into 'it'",
+        ),
+        ('data.train={"a": {"folder": "A", "weight": 1}, "b": {"folder": "B"}}', "has weights, but not for"),
+        ('test_languages=["it"]', "has no translations into 'it'"),
         ('test_languages=["klingonish"]', "'klingonish' is neither a language's name nor its code"),
         ("adapter.sizes.hidden=3", "there are no keys ['hidden']"),
         ("adapter.sizes.max_position_embeddings=4", "make max_position_embeddings larger"),
         ("stage2.batch_size=25", "24 examples, fewer than a batch of 25"),
+        ("data.max_text_tokens=3", "tokens, more than data.max_text_tokens=3"),
     ],
 )
 def test_mistakes_are_found_before_the_first_step(tmp_path, small_world, change, message, capsys):
     with pytest.raises(SystemExit):
-        train.main(arguments(tmp_path / "run", small_world, change))
+        train.main(arguments(tmp_path / "run", small_world, change.replace("DATA", str(small_world))))
     assert message in capsys.readouterr().err
     assert not (tmp_path / "run").exists()  # so that the mended configuration may have it

@@ -11,7 +11,8 @@ import soundfile
 import soxr
 
 from sparqle_jax import audio, evaluate, transcribe
-from sparqle_jax.data.manifest import read_manifest
+from sparqle_jax.data import prepare
+from sparqle_jax.data.dataset import DataSet
 from sparqle_jax.demo import say
 from sparqle_jax.transcribe import MINIATURE, Listener
 
@@ -99,7 +100,8 @@ def test_a_model_is_loaded_in_the_precision_that_it_was_trained_in(tmp_path):
 
 
 def test_a_batch_gives_what_single_recordings_give(listener, small_world):
-    waveforms = [audio.read(utterance.audio) for utterance in read_manifest(small_world / "heard")]
+    data = DataSet(small_world / "heard")
+    waveforms = [data.waveform(i) for i in range(len(data))]
     together = listener.answer(waveforms, batch_size=8)
     assert together == [listener.answer([waveform], batch_size=1)[0] for waveform in waveforms]
     assert together[::-1] == listener.answer(waveforms[::-1], batch_size=8)
@@ -127,13 +129,21 @@ def test_evaluation_through_its_command(small_world, tmp_path, capsys):
     assert "WER" in capsys.readouterr().out
 
 
-def test_evaluation_names_the_recording_in_which_nothing_is_heard(small_world, tmp_path, capsys):
-    shutil.copytree(small_world / "heard", tmp_path / "heard")
-    silent = read_manifest(tmp_path / "heard")[5]
-    soundfile.write(silent.audio, np.zeros(16_000), 16_000)
+def test_evaluation_names_the_recording_that_is_too_long(tmp_path, capsys):
+    soundfile.write(tmp_path / "long.wav", np.random.default_rng(0).normal(0, 0.1, 80_000), 16_000)
+    (tmp_path / "m.jsonl").write_text('{"id": "u7", "audio": "long.wav", "text": "noise"}\n')
+    arguments = ["manifest", str(tmp_path / "data"), "--manifest", str(tmp_path / "m.jsonl")]
+    assert prepare.main([*arguments, "--beam", "runner=DirectRunner"]) == 0
     with pytest.raises(SystemExit):
-        evaluate.main([str(tmp_path / "heard")])
-    assert f"utterance {silent.id} ({silent.audio}): it is silent" in capsys.readouterr().err
+        evaluate.main([str(tmp_path / "data")])
+    assert "utterance u7 of" in (message := capsys.readouterr().err)
+    assert "it is 5.0 s long, but can have at most 3 s" in message
+
+
+def test_evaluation_says_which_folder_is_missing(small_world, tmp_path, capsys):
     with pytest.raises(SystemExit):
         evaluate.main([str(small_world / "heard"), "--output", str(tmp_path / "nowhere" / "scores.json")])
     assert "nowhere is no folder" in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        evaluate.main([str(tmp_path)])
+    assert "is no data set: it has no index.arrow" in capsys.readouterr().err

@@ -1,8 +1,9 @@
-"""What the frozen encoder makes of a data set, computed once and kept in a file."""
+"""What the frozen encoder makes of a corpus, computed once and kept in a file."""
 
 import fcntl
 import hashlib
 import shutil
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import BinaryIO
 
@@ -19,18 +20,25 @@ BATCH_SIZE = 32
 
 
 class Frames:
-    """The frames of a data set's recordings, padded to one length, from a file that `keep_frames` made.
+    """The frames of a corpus's recordings, from a file that `keep_frames` made.
 
-    rows: for each recording frames float16 [T, D] and num_frames int32.
+    frames: float16 [sum of T, D], one recording's after the other's, which begin and end at `ends`.
+    num_frames: from samples to frames.
     """
 
-    def __init__(self, rows: np.ndarray):
-        self.rows = rows
+    def __init__(self, frames: np.ndarray, ends: np.ndarray, num_frames: Callable[[int], int]):
+        self.frames, self.ends, self.num_frames = frames, ends, num_frames
 
-    def __getitem__(self, index: int) -> Arrays:
-        """frames float16 [T, D] and frames_mask bool [T]."""
-        row = self.rows[index]
-        return {"frames": row["frames"], "frames_mask": np.arange(len(row["frames"])) < row["num_frames"]}
+    def rows(self, indices: Sequence[int], num_samples: int) -> Arrays:
+        """frames float16 [B, T, D] and frames_mask bool [B, T] of some recordings."""
+        length = self.num_frames(num_samples)
+        batch = np.zeros((len(indices), length, self.frames.shape[1]), np.float16)
+        mask = np.zeros(batch.shape[:2], bool)
+        for row, index in enumerate(indices):
+            start, end = self.ends[index], self.ends[index + 1]
+            batch[row, : end - start] = self.frames[start:end]
+            mask[row, : end - start] = True
+        return {"frames": batch, "frames_mask": mask}
 
 
 def keep_frames(folder: Path, waveforms: Waveforms, encoder: Hubert) -> Frames:
@@ -40,8 +48,8 @@ def keep_frames(folder: Path, waveforms: Waveforms, encoder: Hubert) -> Frames:
     only when it is whole; who is stopped before goes on where it was. Raises ValueError when the disk has no
     room for it.
     """
-    length, width = encoder.config.num_frames(waveforms.num_samples), encoder.config.hidden_size
-    row = np.dtype([("frames", np.float16, (length, width)), ("num_frames", np.int32)])
+    width, num_frames = encoder.config.hidden_size, encoder.config.num_frames
+    ends = np.concatenate([[0], np.cumsum(num_frames(waveforms.corpus.num_samples.astype(np.int64)))])
     file = folder / f"{_fingerprint(waveforms, encoder)}.frames"
     partial = file.with_suffix(".partial")
     if not file.is_file():
@@ -50,10 +58,10 @@ def keep_frames(folder: Path, waveforms: Waveforms, encoder: Hubert) -> Frames:
             # Where another run computes the same, this one waits for it, and finds the file.
             fcntl.flock(out, fcntl.LOCK_EX)
             if not file.is_file():
-                _check_room(folder, len(waveforms) * row.itemsize - out.tell())
-                _compute(out, row, waveforms, encoder)
+                _check_room(folder, 2 * width * int(ends[-1]) - out.tell())
+                _compute(out, ends, waveforms, encoder)
                 partial.replace(file)
-    return Frames(np.memmap(file, row, "r"))
+    return Frames(np.memmap(file, np.float16, "r", shape=(int(ends[-1]), width)), ends, num_frames)
 
 
 def _check_room(folder: Path, size: int) -> None:
@@ -66,32 +74,35 @@ def _check_room(folder: Path, size: int) -> None:
 
 
 def _fingerprint(waveforms: Waveforms, encoder: Hubert) -> str:
-    digest = hashlib.sha256(repr((encoder.config, waveforms.extractor, waveforms.num_samples)).encode())
+    digest = hashlib.sha256(repr((encoder.config, waveforms.extractor)).encode())
     for parameter in jax.tree.leaves(nnx.state(encoder)):
         digest.update(np.asarray(parameter).tobytes())
-    for utterance in waveforms.utterances:
-        status = utterance.audio.stat()
-        digest.update(repr((utterance.audio.name, status.st_size, status.st_mtime_ns)).encode())
+    for data_set in waveforms.corpus.data_sets:
+        digest.update(data_set.fingerprint.encode())
     return digest.hexdigest()[:16]
 
 
-def _compute(out: BinaryIO, row: np.dtype, waveforms: Waveforms, encoder: Hubert) -> None:
-    """Appends the rows that are not in the file yet, whole batches at a time."""
+def _compute(out: BinaryIO, ends: np.ndarray, waveforms: Waveforms, encoder: Hubert) -> None:
+    """Appends the frames that are not in the file yet, whole batches at a time."""
     graph, state = nnx.split(encoder)
-    encode = jax.jit(lambda state, waveform, mask: nnx.merge(graph, state)(waveform, mask))
-    num = len(waveforms)
-    first = out.tell() // (row.itemsize * BATCH_SIZE) * BATCH_SIZE
-    out.truncate(first * row.itemsize)
+    encode = jax.jit(lambda state, waveform, mask: nnx.merge(graph, state)(waveform, mask)[0])
+    num, row_bytes = len(waveforms), 2 * encoder.config.hidden_size
+    whole = int(np.searchsorted(ends, out.tell() // row_bytes, "right")) - 1  # recordings in the file
+    first = whole // BATCH_SIZE * BATCH_SIZE
+    out.truncate(int(ends[first]) * row_bytes)
+    out.seek(0, 2)
     # All batches have one shape, so that there is one program: the last is filled with the last recording.
-    dataset = grain.MapDataset.range(first, -(-num // BATCH_SIZE) * BATCH_SIZE)
-    dataset = dataset.map(lambda index: waveforms[min(int(index), num - 1)]).batch(BATCH_SIZE)
-    inputs = iter(dataset.to_iter_dataset(grain.ReadOptions(num_threads=4, prefetch_buffer_size=16)))
+    longest = int(waveforms.corpus.num_samples.max())
+
+    def load(start: int) -> Arrays:
+        return waveforms.rows([min(i, num - 1) for i in range(start, start + BATCH_SIZE)], longest)
+
+    dataset = grain.MapDataset.range(first, num, BATCH_SIZE).map(load)
+    inputs = iter(dataset.to_iter_dataset(grain.ReadOptions(num_threads=2, prefetch_buffer_size=4)))
     with tqdm.tqdm(total=num, initial=first, desc="frames", unit="recording", dynamic_ncols=True) as bar:
         for start in range(first, num, BATCH_SIZE):
             batch = next(inputs)
-            frames, mask = encode(state, batch["waveform"], batch["waveform_mask"])
-            rows = np.zeros(min(BATCH_SIZE, num - start), row)
-            rows["frames"] = frames[: len(rows)]
-            rows["num_frames"] = mask.sum(1)[: len(rows)]
-            out.write(rows.tobytes())
-            bar.update(len(rows))
+            frames = np.asarray(encode(state, batch["waveform"], batch["waveform_mask"]), np.float16)
+            for i in range(start, min(start + BATCH_SIZE, num)):
+                out.write(frames[i - start, : ends[i + 1] - ends[i]].tobytes())
+            bar.update(min(BATCH_SIZE, num - start))

@@ -1,158 +1,312 @@
-"""From a data set to batches: shuffled, read and padded by Grain.
+"""From data sets to batches: planned from the lengths, read, normalised, tokenised and padded by Grain.
 
 Batch k is a function of the seed and of k alone, so training goes on anywhere without a saved state of the
-input. All texts are tokenised at the start: what is wrong with one is found before the first step.
+input, and each host makes its own rows of it.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+import dataclasses
+import itertools
+import sys
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, Protocol
 
 import grain
 import numpy as np
+import tqdm
+from absl import flags
 from babel import Locale, UnknownLocaleError
 
 from sparqle_jax import audio, prompts
-from sparqle_jax.data.manifest import Utterance, raise_all
+from sparqle_jax.data.dataset import Corpus, Utterance
+from sparqle_jax.data.plan import Batch, Plan
 
 Arrays = dict[str, np.ndarray]
 TRANSCRIBE = "transcribe"  # the name of this task; a translation is named by its language's code
+CHUNK = 4096  # texts that are tokenised at once, to count their tokens
+SKIPPED = "skipped"  # in a batch: how many records of it could not be read
 
 
 class Examples(Protocol):
-    """What `batches` is made from: rows of arrays, drawn by number."""
+    """What batches are made of, by number."""
 
-    def __len__(self) -> int: ...
-
-    def example(self, index: int, rng: np.random.Generator) -> Arrays:
-        """One row. What is random in it (the instruction, say) comes from `rng`."""
+    def rows(self, batch: Batch, places: Sequence[int], seed: int) -> Arrays:
+        """Some rows of a batch, those at `places` in it. What is random is drawn by seed, batch and place."""
 
 
-def batches(examples: Examples, batch_size: int, *, seed: int, start: int = 0) -> Iterator[Arrays]:
-    """Endless batches from number `start` on: every example once per epoch, in an order of its own.
+@dataclasses.dataclass(frozen=True)
+class HostBatches:
+    """The plan as Grain takes it: the first `num_batches` batches, by number."""
 
-    Raises ValueError when there are fewer examples than fill a batch.
+    plan: Plan
+    num_batches: int
+
+    def __len__(self) -> int:
+        return self.num_batches
+
+    def __getitem__(self, number: int) -> Batch:
+        return self.plan.batch(int(number))
+
+
+def batches(
+    examples: Examples,
+    plan: Plan,
+    *,
+    seed: int,
+    stop: int,
+    start: int = 0,
+    host: int = 0,
+    num_hosts: int = 1,
+    workers: int = 0,
+    device: Any = None,
+) -> Iterator[Any]:
+    """Batches number `start` up to `stop`: of each, the rows of host `host` of `num_hosts`.
+
+    workers: processes that read; 0 reads in threads of this one. device: a jax.Device or Sharding, to which
+    batches are brought, two ahead; None leaves them with the host.
+    Raises ValueError when the hosts do not divide a batch.
     """
-    if len(examples) < batch_size:
-        raise ValueError(
-            f"the data set has {len(examples)} examples, fewer than a batch of {batch_size}: "
-            "make batch_size smaller."
-        )
-    dataset = grain.MapDataset.range(len(examples)).seed(seed).shuffle().repeat()
-    dataset = dataset.random_map(lambda index, rng: examples.example(int(index), rng))
-    dataset = dataset.batch(batch_size)
-    dataset = dataset.slice(slice(start, None))
-    return iter(dataset.to_iter_dataset(grain.ReadOptions(num_threads=4, prefetch_buffer_size=16)))
+    for bucket in plan.buckets:
+        if bucket.batch_size % num_hosts:
+            raise ValueError(
+                f"batches of {bucket.batch_size} can't be divided among {num_hosts} hosts: make "
+                "data.batch_multiple a multiple of them."
+            )
+
+    def load(batch: Batch) -> Arrays:
+        size = len(batch.indices) // num_hosts
+        return examples.rows(batch, range(host * size, (host + 1) * size), seed)
+
+    dataset = grain.MapDataset.source(HostBatches(plan, stop)).slice(slice(start, None)).map(load)
+    threads = 1 if workers else 4
+    ahead = grain.ReadOptions(num_threads=threads, prefetch_buffer_size=2 * threads)
+    inputs = dataset.to_iter_dataset(ahead)
+    if workers:
+        if not flags.FLAGS.is_parsed():  # Grain asks for its flags, which the main program has none of
+            flags.FLAGS.mark_as_parsed()
+        options = grain.MultiprocessingOptions(num_workers=workers, per_worker_buffer_size=2)
+        inputs = inputs.mp_prefetch(options)
+    if device is not None:
+        inputs = grain.experimental.device_put(inputs, device)
+    return iter(inputs)
 
 
 class Speech(Protocol):
-    """The speech of a data set: for each utterance, by number, what an encoder or an adapter takes of it."""
+    """The speech of a corpus as encoder or adapter take it: for some utterances, padded to one length."""
 
-    def __getitem__(self, index: int) -> Arrays: ...
+    def rows(self, indices: Sequence[int], num_samples: int) -> Arrays: ...
 
 
 class Waveforms:
-    """The recordings of a data set, as the encoder wants them, padded to one length.
+    """The recordings of a corpus, as the encoder wants them.
 
-    Raises ValueError, naming the first ten, for files that are no recordings, and for recordings shorter than
-    `min_samples` (one frame of the encoder) or longer than `max_seconds`. Only their headers are read for it.
+    Raises ValueError, naming the first ten, for recordings shorter than `min_samples` (one frame of the
+    encoder) or longer than `max_seconds`. Only their lengths are looked at for it.
     """
 
     def __init__(
         self,
-        utterances: Sequence[Utterance],
+        corpus: Corpus,
         extractor: audio.FeatureExtractor,
         max_seconds: float,
         *,
         min_samples: int = 400,
     ):
-        self.utterances, self.extractor, self.min_samples = utterances, extractor, min_samples
-        self.num_samples = round(max_seconds * audio.SAMPLE_RATE)
-        problems = []
-        for utterance in utterances:
-            try:
-                num_samples = audio.count_samples(utterance.audio)
-            except ValueError as error:
-                problems.append(f"{utterance.id}: {error}")
-                continue
-            seconds = num_samples / audio.SAMPLE_RATE
-            if num_samples > self.num_samples:
-                problems.append(
-                    f"{utterance.id}: {seconds:.2f} s, longer than data.max_seconds={max_seconds}"
-                )
-            elif num_samples < min_samples:
-                problems.append(f"{utterance.id}: {num_samples} samples, fewer than a frame's {min_samples}")
-        raise_all(ValueError, "recordings that can't be used; cut, mend or leave them out", problems)
+        self.corpus, self.extractor = corpus, extractor
+        self.max_samples = round(max_seconds * audio.SAMPLE_RATE)
+        lengths = corpus.num_samples
+        unusable = np.flatnonzero((lengths > self.max_samples) | (lengths < min_samples))
+        if len(unusable):
+            named = ", ".join(f"{corpus[i].id} ({corpus[i].duration:.2f} s)" for i in unusable[:10])
+            raise ValueError(
+                f"{len(unusable)} recordings are shorter than {min_samples / audio.SAMPLE_RATE:g} s or "
+                f"longer than data.max_seconds={max_seconds:g}: {named}{', ...' * (len(unusable) > 10)}. "
+                "Prepare the data set with other --min-seconds and --max-seconds, or change data.max_seconds."
+            )
 
     def __len__(self) -> int:
-        return len(self.utterances)
+        return len(self.corpus)
 
-    def __getitem__(self, index: int) -> Arrays:
-        """waveform float32 [S] and waveform_mask bool [S]. Raises ValueError naming the utterance."""
-        utterance = self.utterances[index]
-        try:
-            waveform = self.extractor(audio.read(utterance.audio))
-            padded, mask = audio.pad([waveform], self.num_samples, min_samples=self.min_samples)
-        except ValueError as error:
-            raise ValueError(f"utterance {utterance.id} ({utterance.audio}): {error}") from error
-        return {"waveform": padded[0], "waveform_mask": mask[0]}
+    def rows(self, indices: Sequence[int], num_samples: int) -> Arrays:
+        """waveform float32 [B, S] and waveform_mask bool [B, S]. Raises ValueError naming a broken record."""
+        waveforms = [self.extractor(self.corpus.waveform(index)) for index in indices]
+        waveform, mask = audio.pad(waveforms, num_samples)
+        return {"waveform": waveform, "waveform_mask": mask}
 
 
 class AlignmentExamples:
-    """Stage 1: speech, the adapter's tokens of the text, and recording_id, equal for equal texts.
+    """Stage 1: speech, the adapter's tokens of the text, and recording_id, equal for equal texts in a batch.
 
-    speech: `Waveforms`, or the `Frames` of these utterances.
+    speech: `Waveforms`, or the `Frames` of this corpus. Texts are padded to the longest that can be in the
+    bucket, or to `max_tokens` where that is given; else all texts are tokenised here, once, to count. Raises
+    ValueError for longer ones, naming one, and for tokens outside the vocabulary.
     """
 
-    def __init__(self, utterances: Sequence[Utterance], speech: Speech, tokenizer: Any, vocab_size: int):
-        texts = [utterance.text for utterance in utterances]
-        self.speech = speech
-        self.texts = prompts.collate_texts(tokenizer, texts, vocab_size=vocab_size)
-        number = {text: i for i, text in enumerate(dict.fromkeys(texts))}
-        self.recording_ids = np.array([number[text] for text in texts], np.int32)
+    def __init__(
+        self,
+        corpus: Corpus,
+        speech: Speech,
+        tokenizer: Any,
+        vocab_size: int,
+        plan: Plan,
+        *,
+        max_tokens: int | None = None,
+        skip_corrupt: bool = False,
+    ):
+        self.corpus, self.speech, self.skip_corrupt = corpus, speech, skip_corrupt
+        self.tokenizer, self.vocab_size = tokenizer, vocab_size
+        self.lengths = text_lengths(
+            corpus,
+            plan,
+            [[TRANSCRIBE]] * len(corpus.sizes),
+            lambda texts: tokenizer(texts).input_ids,
+            max_tokens,
+        )
 
-    def __len__(self) -> int:
-        return len(self.recording_ids)
-
-    def example(self, index: int, rng: np.random.Generator) -> Arrays:
-        texts = {name: rows[index] for name, rows in self.texts.items()}
-        return self.speech[index] | texts | {"recording_id": self.recording_ids[index]}
+    def rows(self, batch: Batch, places: Sequence[int], seed: int) -> Arrays:
+        numbers: dict[str, int] = {}
+        texts = [self.corpus[index].text for index in batch.indices]
+        ids = np.array([numbers.setdefault(text, i) for i, text in enumerate(texts)], np.int32)
+        speech, read, skipped = _read(self, batch, places)
+        tokens, length = (
+            self.tokenizer([texts[place] for place in read]).input_ids,
+            self.lengths[batch.bucket],
+        )
+        for place, row in zip(read, tokens, strict=True):
+            _check_length(self.corpus[batch.indices[place]], row, length)
+        text, mask = prompts.pad_tokens(tokens, length, name="text", vocab_size=self.vocab_size)
+        return speech | {"text": text, "text_mask": mask, "recording_id": ids[read], SKIPPED: skipped}
 
 
 class InstructionExamples:
     """Stage 2: speech, an instruction around it, and the answer.
 
-    speech: `Waveforms`, or the `Frames` of these utterances. tasks: "transcribe" and codes of languages, with
-    the weights by which they are drawn. Raises ValueError for utterances that have no translation into one
-    of them, naming them.
+    speech, max_tokens: as for AlignmentExamples. tasks: for each data set of the corpus "transcribe" and
+    codes of languages, with the weights by which they are drawn. Raises ValueError for data sets that have
+    no translations into one of them.
     """
 
     def __init__(
         self,
-        utterances: Sequence[Utterance],
+        corpus: Corpus,
         speech: Speech,
         prompter: prompts.Prompter,
         vocab_size: int,
-        tasks: Mapping[str, float],
+        tasks: Sequence[Mapping[str, float]],
+        plan: Plan,
+        *,
+        max_tokens: int | None = None,
+        skip_corrupt: bool = False,
     ):
-        self.speech, self.num = speech, len(utterances)
-        self.tasks = list(tasks)
-        self.shares = np.array(list(tasks.values())) / sum(tasks.values())
-        answers = [prompter.answer(answer_of(u, task)) for task in self.tasks for u in utterances]
-        asked = [[prompter.prompt(text) for text in instructions(task)] for task in self.tasks]
-        self.numbers = np.split(np.arange(sum(map(len, asked))), np.cumsum([len(a) for a in asked])[:-1])
-        self.asked = prompts.collate([pair for pairs in asked for pair in pairs], vocab_size=vocab_size)
-        answer, mask = prompts.pad_tokens(answers, name="answer", vocab_size=vocab_size)
-        self.answers = {"answer": answer, "answer_mask": mask}
+        self.corpus, self.speech, self.skip_corrupt = corpus, speech, skip_corrupt
+        self.prompter, self.vocab_size = prompter, vocab_size
+        for data_set, some in zip(corpus.data_sets, tasks, strict=True):
+            check_tasks(data_set, some)
+        self.tasks = [list(some) for some in tasks]
+        self.shares = [np.array(list(some.values())) / sum(some.values()) for some in tasks]
+        asked = {task: [prompter.prompt(text) for text in instructions(task)] for task in set().union(*tasks)}
+        self.asked = asked
+        self.before, self.after = (max(len(p[i]) for ps in asked.values() for p in ps) for i in range(2))
+        self.lengths = text_lengths(
+            corpus, plan, self.tasks, lambda texts: map(prompter.answer, texts), max_tokens
+        )
 
-    def __len__(self) -> int:
-        return self.num
+    def rows(self, batch: Batch, places: Sequence[int], seed: int) -> Arrays:
+        speech, read, skipped = _read(self, batch, places)
+        asked, answers = [], []
+        for place in read:
+            rng = np.random.default_rng([seed, batch.number, place])
+            number, _ = self.corpus.locate(batch.indices[place])
+            task = self.tasks[number][rng.choice(len(self.tasks[number]), p=self.shares[number])]
+            asked.append(self.asked[task][rng.integers(len(self.asked[task]))])
+            utterance = self.corpus[batch.indices[place]]
+            answers.append(self.prompter.answer(answer_of(utterance, task)))
+            _check_length(utterance, answers[-1], self.lengths[batch.bucket])
+        texts = prompts.collate(
+            asked,
+            answers,
+            vocab_size=self.vocab_size,
+            before_length=self.before,
+            after_length=self.after,
+            answer_length=self.lengths[batch.bucket],
+        )
+        return speech | texts | {SKIPPED: skipped}
 
-    def example(self, index: int, rng: np.random.Generator) -> Arrays:
-        task = rng.choice(len(self.tasks), p=self.shares)
-        number = rng.choice(self.numbers[task])
-        asked = {name: rows[number] for name, rows in self.asked.items()}
-        answer = {name: rows[task * self.num + index] for name, rows in self.answers.items()}
-        return self.speech[index] | asked | answer
+
+def _read(
+    examples: AlignmentExamples | InstructionExamples, batch: Batch, places: Sequence[int]
+) -> tuple[Arrays, list[int], np.ndarray]:
+    """The speech at these places of a batch, the places that were read for it, and how many were not.
+
+    A record that can't be read is an error, or with `skip_corrupt` another of the batch takes its place.
+    """
+    read = list(places)
+    try:
+        return examples.speech.rows(batch.indices[read], batch.num_samples), read, np.int32(0)
+    except ValueError as error:
+        if not examples.skip_corrupt:
+            raise ValueError(
+                f"{error} (batch {batch.number}; data.skip_corrupt=true goes on without)"
+            ) from error
+    whole = []
+    for place in read:
+        try:
+            examples.speech.rows(batch.indices[[place]], batch.num_samples)
+            whole.append(place)
+        except ValueError as error:
+            print(f"skipped: {error}", file=sys.stderr, flush=True)
+    if not whole:
+        raise ValueError(f"no record of batch {batch.number} can be read.")
+    filled = list(itertools.islice(itertools.cycle(whole), len(read)))
+    speech = examples.speech.rows(batch.indices[filled], batch.num_samples)
+    return speech, filled, np.int32(len(read) - len(whole))
+
+
+def _check_length(utterance: Utterance, tokens: Sequence[int], length: int) -> None:
+    if len(tokens) > length:
+        raise ValueError(
+            f"a text of utterance {utterance.id} has {len(tokens)} tokens, more than data.max_text_tokens="
+            f"{length}: make it larger, or null to have the tokens counted."
+        )
+
+
+def text_lengths(
+    corpus: Corpus,
+    plan: Plan,
+    tasks: Sequence[Sequence[str]],
+    tokenize: Callable[[list[str]], Iterable[Sequence[int]]],
+    max_tokens: int | None,
+) -> list[int]:
+    """To how many tokens the texts of each bucket are padded: as many as its longest has, or `max_tokens`."""
+    if max_tokens is not None:
+        return [max_tokens] * len(plan.buckets)
+    ends = [bucket.num_samples for bucket in plan.buckets]
+    lengths = np.zeros(len(ends), int)
+    total = sum(len(data_set) * len(some) for data_set, some in zip(corpus.data_sets, tasks, strict=True))
+    with tqdm.tqdm(
+        total=total, desc="texts", unit="text", dynamic_ncols=True, disable=total < 10 * CHUNK
+    ) as bar:
+        for data_set, some in zip(corpus.data_sets, tasks, strict=True):
+            buckets = np.searchsorted(ends, data_set.num_samples)
+            for task in some:
+                texts, start = iter(data_set.texts(task)), 0
+                while chunk := list(itertools.islice(texts, CHUNK)):
+                    counts = [len(tokens) for tokens in tokenize(chunk)]
+                    np.maximum.at(lengths, buckets[start : start + len(chunk)], counts)
+                    start += len(chunk)
+                    bar.update(len(chunk))
+    # What fills no batch of its bucket is in one of a longer bucket.
+    return np.maximum.accumulate(lengths).tolist()
+
+
+def check_tasks(data_set: Any, tasks: Iterable[str]) -> None:
+    """Raises ValueError for a task that is no language, or that a data set has no answers to."""
+    for task in tasks:
+        instructions(task)
+        if task != TRANSCRIBE and task not in data_set.languages:
+            raise ValueError(
+                f"{data_set.folder} has no translations into {task!r}; it has {list(data_set.languages)}: "
+                "prepare it with them, or leave out the task."
+            )
 
 
 def instructions(task: str) -> list[str]:
@@ -174,12 +328,5 @@ def language_name(language: str) -> str:
 
 
 def answer_of(utterance: Utterance, task: str) -> str:
-    """The right answer to a task. Raises ValueError when the utterance has no such translation."""
-    if task == TRANSCRIBE:
-        return utterance.text
-    if task not in utterance.translations:
-        raise ValueError(
-            f"utterance {utterance.id} has no translation into {task!r}; it has "
-            f"{sorted(utterance.translations)}: complete the data set, or leave out the task."
-        )
-    return utterance.translations[task]
+    """The right answer to a task that `check_tasks` has passed."""
+    return utterance.text if task == TRANSCRIBE else utterance.translations[task]

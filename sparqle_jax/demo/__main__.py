@@ -22,7 +22,7 @@ from flax import nnx
 
 from sparqle_jax import audio, train
 from sparqle_jax.config import Config, read_config
-from sparqle_jax.data.manifest import Utterance, read_manifest
+from sparqle_jax.data.dataset import DataSet, Utterance
 from sparqle_jax.data.pipeline import TRANSCRIBE
 from sparqle_jax.demo import grammar
 from sparqle_jax.demo.page import write_page
@@ -152,7 +152,7 @@ def report(config: Config, data: Path, models: dict[str, tuple[Path, str]]) -> N
 
     models: name -> (model folder, description); the first is the one that the page shows listening.
     """
-    tests = {name: read_manifest(data / name) for name in SETS}
+    tests = {name: DataSet(data / name) for name in SETS}
     listeners = {name: Listener.from_folder(folder) for name, (folder, _) in models.items()}
     first = next(iter(listeners.values()))
     by_model: dict[str, Any] = {name: {} for name in models}
@@ -169,8 +169,8 @@ def report(config: Config, data: Path, models: dict[str, tuple[Path, str]]) -> N
     listening = make_listening(first)
     cards = []
     for set_name, test in tests.items():
-        for i, utterance in enumerate(test[:SHOWN]):
-            waveform = audio.read(utterance.audio)
+        for i in range(min(len(test), SHOWN)):
+            utterance, waveform = test[i], test.waveform(i)
             card = utterance_card(utterance, waveform, {name: answers[name, set_name][i] for name in models})
             cards.append(card | {"set": set_name, "listening": listening(waveform)})
     descriptions = {name: text for name, (_, text) in models.items()}

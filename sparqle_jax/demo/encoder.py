@@ -24,7 +24,7 @@ from transformers import Wav2Vec2FeatureExtractor
 from transformers.audio_utils import mel_filter_bank, spectrogram, window_function
 
 from sparqle_jax import audio, layers, pretrained
-from sparqle_jax.data.manifest import read_manifest
+from sparqle_jax.data.dataset import DataSet
 from sparqle_jax.encoders.hubert import Hubert, HubertConfig
 
 HOP = 320  # samples per frame
@@ -187,8 +187,9 @@ def main(argv: list[str] | None = None) -> None:
     )
     config = HubertConfig.from_dict(settings.to_dict())
     extractor = audio.FeatureExtractor()
-    paths = [utterance.audio for utterance in read_manifest(args.data)[:RECORDINGS]]
-    waveforms = [extractor(audio.read(path)) for path in tqdm.tqdm(paths, "recordings")]
+    data = DataSet(args.data)
+    numbers = range(min(len(data), RECORDINGS))
+    waveforms = [extractor(data.waveform(i)) for i in tqdm.tqdm(numbers, "recordings")]
     waveforms = [w for w in waveforms if config.num_frames(len(w)) >= CROP]
     features = [mfcc(w)[: config.num_frames(len(w))] for w in tqdm.tqdm(waveforms, "MFCCs")]
 

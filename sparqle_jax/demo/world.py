@@ -12,13 +12,15 @@ import multiprocessing
 import os
 import shutil
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import soundfile
 import tqdm
 
 from sparqle_jax.audio import SAMPLE_RATE
-from sparqle_jax.data.manifest import Utterance, write_manifest
+from sparqle_jax.data.builder import Limits, prepare
+from sparqle_jax.data.sources import Manifest
 from sparqle_jax.demo import grammar, speech
 
 MAX_SECONDS = 3.0
@@ -27,7 +29,9 @@ MAX_SECONDS = 3.0
 def make_data_set(
     folder: str | Path, num: int, *, seed: int, voices: tuple[str, ...], test: bool = False, repeat: int = 1
 ) -> None:
-    """Writes a data set of `num` sentences, each spoken by `repeat` voices at random, as 16-bit wav.
+    """Makes a data set of `num` sentences, each spoken by `repeat` voices at random.
+
+    It comes about as any other: recordings and a manifest, which are then prepared.
 
     A folder appears only when it is whole. One that is there already is left as it is; raises ValueError when
     it was not made with the same arguments.
@@ -42,24 +46,30 @@ def make_data_set(
                 "is wanted: choose another folder, or delete that one."
             )
         return
-    partial = folder.with_name(folder.name + ".partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir(parents=True)
+    recordings, partial = (folder.with_name(f"{folder.name}.{name}") for name in ("recordings", "partial"))
+    for left in (recordings, partial):
+        shutil.rmtree(left, ignore_errors=True)
+    recordings.mkdir(parents=True)
     sentences = grammar.sentences(num, seed, test=test)
     tasks = [
-        (partial, f"{i:06d}-{k}", sentence, voices, [seed, test, i, k])
+        (recordings, f"{i:06d}-{k}", sentence, voices, [seed, test, i, k])
         for k in range(repeat)
         for i, sentence in enumerate(sentences)
     ]
+    manifest = recordings / "manifest.jsonl"
     # Spawned: espeak-ng does not survive a fork.
-    with multiprocessing.get_context("spawn").Pool(os.cpu_count()) as pool:
+    with multiprocessing.get_context("spawn").Pool(os.cpu_count()) as pool, open(manifest, "w") as lines:
         results = pool.imap(_speak, tasks, chunksize=32)
-        write_manifest(partial, tqdm.tqdm(results, f"speech: {folder.name}", len(tasks), unit="utterance"))
+        for line in tqdm.tqdm(results, f"speech: {folder.name}", len(tasks), unit="utterance"):
+            lines.write(json.dumps(line, ensure_ascii=False) + "\n")
+    prepare(partial, Manifest(str(manifest)), Limits(max_seconds=MAX_SECONDS, max_rejected=0))
     (partial / "world.json").write_text(json.dumps(made_with) + "\n")
     partial.rename(folder)
+    shutil.rmtree(recordings)
 
 
-def _speak(task: tuple[Path, str, dict[str, str], tuple[str, ...], list[int]]) -> Utterance:
+def _speak(task: tuple[Path, str, dict[str, str], tuple[str, ...], list[int]]) -> dict[str, Any]:
+    """Speaks a sentence into a file, and returns its line of the manifest."""
     folder, name, sentence, voices, seed = task
     rng = np.random.default_rng(seed)
     text = sentence["en"]
@@ -69,14 +79,14 @@ def _speak(task: tuple[Path, str, dict[str, str], tuple[str, ...], list[int]]) -
         if len(waveform) <= MAX_SECONDS * SAMPLE_RATE:
             break
     soundfile.write(folder / f"{name}.wav", waveform, SAMPLE_RATE, subtype="PCM_16")
-    return Utterance(
-        id=name,
-        audio=Path(f"{name}.wav"),
-        text=text,
-        duration=len(waveform) / SAMPLE_RATE,
-        translations={code: words for code, words in sentence.items() if code != "en"},
-        speaker=f"{voice.accent}+{voice.variant}",
-    )
+    return {
+        "id": name,
+        "audio": f"{name}.wav",
+        "text": text,
+        "translations": {code: words for code, words in sentence.items() if code != "en"},
+        "speaker": f"{voice.accent}+{voice.variant}",
+        "duration": len(waveform) / SAMPLE_RATE,
+    }
 
 
 def make_world(folder: str | Path, *, train: int, test: int, seed: int, repeat: int = 1) -> None:

@@ -1,0 +1,196 @@
+"""A data set: a folder that `sparqle_jax.data.prepare` has made, local or on gs://.
+
+It is a TFDS data set with one split, "train", in ArrayRecord files, of which any record is read at once,
+beside an index of everything but the audio (`index.arrow`), which is mapped into memory. TensorFlow is not
+needed.
+"""
+
+import bisect
+import functools
+import hashlib
+import itertools
+import os
+from collections.abc import Iterable, Sequence
+from typing import Annotated, Any
+
+import numpy as np
+import pyarrow
+import pydantic
+import tensorflow_datasets as tfds
+from etils import epath
+
+from sparqle_jax.audio import SAMPLE_RATE
+
+INDEX = "index.arrow"
+SPLIT = "train"
+
+
+class Utterance(pydantic.BaseModel, frozen=True, extra="forbid"):
+    """What is known of a recording. translations: by language code. num_samples: at 16 kHz."""
+
+    id: Annotated[str, pydantic.Field(min_length=1)]
+    text: str
+    translations: dict[str, str] = {}
+    language: str = "en"
+    speaker: str = ""
+    num_samples: Annotated[int, pydantic.Field(ge=0)]
+
+    @property
+    def duration(self) -> float:
+        """In seconds."""
+        return self.num_samples / SAMPLE_RATE
+
+
+def features(languages: Iterable[str]) -> tfds.features.FeaturesDict:
+    """The schema of a record, the same for all sources. languages: those of the translations."""
+    text = tfds.features.Text
+    return tfds.features.FeaturesDict(
+        {
+            # 16 kHz. TFDS's Audio would need TensorFlow.
+            "audio": tfds.features.Tensor(shape=(None,), dtype=np.int16, encoding="bytes"),
+            "id": text(),
+            "text": text(),
+            "translations": tfds.features.FeaturesDict({code: text() for code in languages}),
+            "language": text(),
+            "speaker": text(),
+            "duration": np.float32,  # in seconds
+        }
+    )
+
+
+def index_schema(languages: Iterable[str]) -> pyarrow.Schema:
+    """The columns of the index, a row for each record in its order."""
+    text = pyarrow.string()
+    return pyarrow.schema(
+        {
+            "id": text,
+            "text": text,
+            "translations": pyarrow.struct(dict.fromkeys(languages, text)),
+            "language": text,
+            "speaker": text,
+            "num_samples": pyarrow.int32(),
+        }
+    )
+
+
+class DataSet(Sequence[Utterance]):
+    """The utterances of a data set, by number, and their audio.
+
+    folder: local or gs://. Raises FileNotFoundError when there is none, ValueError when it is not whole.
+    Travels to other processes as the name of its folder.
+    """
+
+    def __init__(self, folder: str | os.PathLike):
+        self.folder = epath.Path(folder)
+        if not (self.folder / INDEX).exists():
+            raise FileNotFoundError(
+                f"{folder} is no data set: it has no {INDEX}. Make one of your recordings with `python -m "
+                "sparqle_jax.data.prepare`."
+            )
+        self._index = _read_index(self.folder / INDEX)
+        self.num_samples = self._index["num_samples"].to_numpy()  # int32 [N]
+        if not len(self):
+            raise ValueError(f"{folder} is empty.")
+
+    def __reduce__(self):
+        return DataSet, (os.fspath(self.folder),)
+
+    def __len__(self) -> int:
+        return self._index.num_rows
+
+    def __getitem__(self, index: int) -> Utterance:
+        row = {name: self._index[name][index].as_py() for name in self._index.column_names}
+        return Utterance.model_construct(**row)
+
+    @property
+    def languages(self) -> tuple[str, ...]:
+        """Into which every utterance is translated."""
+        return tuple(field.name for field in self._index.schema.field("translations").type)
+
+    @property
+    def spoken(self) -> list[str]:
+        """The languages of the speech."""
+        return sorted(self._index["language"].unique().to_pylist())
+
+    def texts(self, task: str) -> Iterable[str]:
+        """The right answers to a task of all utterances in their order: see `answer_of` in pipeline.py."""
+        column = self._index["text"] if task == "transcribe" else self._translations(task)
+        return itertools.chain.from_iterable(chunk.to_pylist() for chunk in column.chunks)
+
+    def waveform(self, index: int) -> np.ndarray:
+        """float32 [S] at 16 kHz, samples from -1 to 1. Raises ValueError, naming id and file, if broken."""
+        try:
+            record = self._records[index]
+            if record["id"].decode() != self._index["id"][index].as_py():
+                raise ValueError(f"its id is {record['id'].decode()!r}: the index is another data set's")
+        except Exception as error:  # what the readers raise depends on what is broken
+            raise ValueError(
+                f"{self._index['id'][index].as_py()!r} can't be read, record {index} of {self.folder}, in "
+                f"{self._shard(index)}: {error}"
+            ) from error
+        return record["audio"].astype(np.float32) / 32768
+
+    @functools.cached_property
+    def fingerprint(self) -> str:
+        """A hash of the index: another one is another data set."""
+        digest = hashlib.blake2b(digest_size=16)
+        with (self.folder / INDEX).open("rb") as file:
+            while block := file.read(1 << 20):
+                digest.update(block)
+        return digest.hexdigest()
+
+    def _translations(self, language: str) -> pyarrow.ChunkedArray:
+        column = self._index["translations"]
+        return pyarrow.chunked_array([chunk.field(language) for chunk in column.chunks], pyarrow.string())
+
+    @functools.cached_property
+    def _builder(self) -> tfds.core.DatasetBuilder:
+        return tfds.builder_from_directory(self.folder)
+
+    @functools.cached_property
+    def _records(self) -> Sequence[dict[str, Any]]:
+        return self._builder.as_data_source(SPLIT)
+
+    def _shard(self, index: int) -> str:
+        split = self._builder.info.splits[SPLIT]
+        ends = list(itertools.accumulate(split.shard_lengths))
+        return os.path.basename(split.filepaths[bisect.bisect_right(ends, index)])
+
+
+class Corpus(Sequence[Utterance]):
+    """Several data sets one after the other. sizes: how many utterances each has."""
+
+    def __init__(self, data_sets: Sequence[DataSet]):
+        self.data_sets = list(data_sets)
+        self.sizes = [len(data_set) for data_set in data_sets]
+        self.num_samples = np.concatenate([data_set.num_samples for data_set in data_sets])
+        self._ends = list(itertools.accumulate(self.sizes))
+
+    def __len__(self) -> int:
+        return self._ends[-1]
+
+    def __getitem__(self, index: int) -> Utterance:
+        number, index = self.locate(index)
+        return self.data_sets[number][index]
+
+    def waveform(self, index: int) -> np.ndarray:
+        """As `DataSet.waveform`."""
+        number, index = self.locate(index)
+        return self.data_sets[number].waveform(index)
+
+    def locate(self, index: int) -> tuple[int, int]:
+        """Which data set an utterance is in, and its number there."""
+        number = bisect.bisect_right(self._ends, index)
+        return number, int(index) - (self._ends[number - 1] if number else 0)
+
+
+def _read_index(file: epath.Path) -> pyarrow.Table:
+    try:
+        source = (
+            pyarrow.BufferReader(file.read_bytes())
+            if "://" in os.fspath(file)
+            else pyarrow.memory_map(os.fspath(file))
+        )
+        return pyarrow.ipc.open_file(source).read_all()
+    except pyarrow.ArrowInvalid as error:
+        raise ValueError(f"{file} is broken ({error}): prepare the data set again.") from error

@@ -1,0 +1,447 @@
+"""Data sets from every kind of source: what goes in comes out, and what can't be used is named."""
+
+import csv
+import dataclasses
+import hashlib
+import http.server
+import json
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import tarfile
+import threading
+import time
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import pytest
+import soundfile
+import soxr
+
+from sparqle_jax import audio
+from sparqle_jax.data import builder, prepare
+from sparqle_jax.data.dataset import Corpus, DataSet
+from sparqle_jax.demo.speech import Voice, synthesise
+
+SENTENCES = [
+    ("the train leaves at seven", "der zug fährt um sieben"),
+    ("it is ten degrees in paris", "es sind zehn grad in paris"),
+    ("„quoted“ and, with commas", 'mit "zeichen", ja'),
+    ("the concert is on friday", "das konzert ist am freitag"),
+]
+ONE_PROCESS = ["--beam", "runner=DirectRunner"]
+
+
+@pytest.fixture(scope="module")
+def spoken() -> list[np.ndarray]:
+    """The sentences as int16 [S] at 16 kHz."""
+    waveforms = [synthesise(text, Voice(rate=220)) for text, _ in SENTENCES]
+    return [np.round(waveform * 32767).astype(np.int16) for waveform in waveforms]
+
+
+def write(file: Path, samples: np.ndarray, rate: int = 16_000, **kwargs) -> None:
+    file.parent.mkdir(parents=True, exist_ok=True)
+    soundfile.write(file, samples, rate, **kwargs)
+
+
+def lines(file: Path, rows) -> None:
+    file.parent.mkdir(parents=True, exist_ok=True)
+    file.write_text("".join(f"{row}\n" for row in rows), encoding="utf-8")
+
+
+def made(folder: Path, *arguments: object) -> DataSet:
+    source, *rest = map(str, arguments)
+    assert prepare.main([source, str(folder), *rest, *ONE_PROCESS]) == 0
+    return DataSet(folder)
+
+
+def assert_holds(data: DataSet, samples, *, german: bool = True) -> None:
+    """The data set holds the sentences in their order, and their audio bit by bit."""
+    assert [u.text for u in data] == [text for text, _ in SENTENCES]
+    assert [u.translations for u in data] == [{"de": text} if german else {} for _, text in SENTENCES]
+    assert len({u.id for u in data}) == len(SENTENCES)
+    for i, expected in enumerate(samples):
+        np.testing.assert_array_equal(np.round(data.waveform(i) * 32768).astype(np.int16), expected)
+        assert data[i].num_samples == data.num_samples[i] == len(expected)
+        assert data[i].duration == pytest.approx(len(expected) / 16_000)
+
+
+def test_librispeech(spoken, tmp_path):
+    folder = tmp_path / "LibriSpeech"
+    for i, samples in enumerate(spoken):
+        write(folder / "train-clean-100/19/198" / f"19-198-000{i}.flac", samples)
+    lines(
+        folder / "train-clean-100/19/198/19-198.trans.txt",
+        [f"19-198-000{i} {text}" for i, (text, _) in enumerate(SENTENCES)],
+    )
+    data = made(tmp_path / "out", "librispeech", "--manual-dir", folder, "--subsets", "train-clean-100")
+    assert_holds(data, spoken, german=False)
+    assert [u.speaker for u in data] == ["19"] * 4
+    assert data[1].id == "19-198-0001"
+
+
+def test_librispeech_is_downloaded_by_tfds(spoken, tmp_path, monkeypatch):
+    """Everything but the address is TFDS's."""
+    served, kind = tmp_path / "served", prepare.tfds.builder_cls("librispeech")
+    write(served / "LibriSpeech/dev-clean/19/198/19-198-0000.flac", spoken[0])
+    lines(served / "LibriSpeech/dev-clean/19/198/19-198.trans.txt", [f"19-198-0000 {SENTENCES[0][0]}"])
+    archive = served / "dev-clean.tar.gz"
+    with tarfile.open(archive, "w:gz") as tar:
+        tar.add(served / "LibriSpeech", "LibriSpeech")
+    assert "http://www.openslr.org/resources/12/train-clean-100.tar.gz" in kind.url_infos
+    server = http.server.ThreadingHTTPServer(
+        ("127.0.0.1", 0), partial(http.server.SimpleHTTPRequestHandler, directory=served)
+    )
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    url = f"http://127.0.0.1:{server.server_port}/dev-clean.tar.gz"
+    info = dataclasses.replace(
+        next(iter(kind.url_infos.values())),
+        size=archive.stat().st_size,
+        checksum=hashlib.sha256(archive.read_bytes()).hexdigest(),
+    )
+    monkeypatch.setattr(kind, "url_infos", {url: info})
+    monkeypatch.setenv("NO_PROXY", "127.0.0.1")
+    arguments = ["--subsets", "dev-clean", "--download-dir", tmp_path / "downloads"]
+    data = made(tmp_path / "out", "librispeech", *arguments)
+    assert data[0].text == SENTENCES[0][0]
+    server.shutdown()
+    made(tmp_path / "again", "librispeech", *arguments)  # what is there is not downloaded again
+    with pytest.raises(ValueError, match=r"LibriSpeech has no \['train'\]; it has dev-clean"):
+        prepare.download_librispeech(("train",), tmp_path)
+
+
+def test_covost2(spoken, tmp_path):
+    decoded = []
+    for i, samples in enumerate(spoken):
+        file = tmp_path / "cv/clips" / f"common_voice_en_{i}.mp3"
+        write(file, soxr.resample(samples / 32768, 16_000, 48_000), 48_000)
+        decoded.append(np.round(audio.read(file) * 32768).astype(np.int16))
+    header = "client_id\tpath\tsentence\tup_votes"
+    rows = [f"speaker{i}\tcommon_voice_en_{i}.mp3\t{text}\t2" for i, (text, _) in enumerate(SENTENCES)]
+    lines(tmp_path / "cv/validated.tsv", [header, *rows, "x\tother.mp3\tin no split\t2"])
+    rows = [f"common_voice_en_{i}.mp3\t{text}\ttrain" for i, (_, text) in enumerate(SENTENCES)]
+    rows[1] = rows[1].replace("\ttrain", "\ttrain_covost")
+    lines(tmp_path / "cv/covost_v2.en_de.tsv", ["path\ttranslation\tsplit", *rows, "other.mp3\tx\tdev"])
+    data = made(tmp_path / "out", "covost2", "--manual-dir", tmp_path / "cv", "--target", "de")
+    assert_holds(data, decoded)
+    assert [u.speaker for u in data] == ["speaker0", "speaker1", "speaker2", "speaker3"]
+    assert data.languages == ("de",)
+
+
+def test_must_c(spoken, tmp_path):
+    folder, pause = tmp_path / "en-de/data/train", np.zeros(8000, np.int16)
+    write(folder / "wav/ted_1.wav", np.concatenate([pause, spoken[0], pause, spoken[1]]))
+    write(folder / "wav/ted_2.wav", np.concatenate([spoken[2], pause, spoken[3], pause]))
+    segments, place = [], 0
+    for i, samples in enumerate(spoken):
+        place = [8000, place + 8000, 0, place + 8000][i]
+        segments.append(
+            f"- {{duration: {len(samples) / 16_000:.6f}, offset: {place / 16_000:.6f}, rW: 9, uW: 0, "
+            f"speaker_id: spk.{i // 2}, wav: ted_{i // 2 + 1}.wav}}"
+        )
+        place += len(samples)
+    lines(folder / "txt/train.yaml", segments)
+    lines(folder / "txt/train.en", [text for text, _ in SENTENCES])
+    lines(folder / "txt/train.de", [text for _, text in SENTENCES])
+    data = made(tmp_path / "out", "must_c", "--manual-dir", tmp_path / "en-de", "--target", "de")
+    assert_holds(data, spoken)
+    assert [u.id for u in data] == ["ted_1_0", "ted_1_1", "ted_2_2", "ted_2_3"]
+    assert data[3].speaker == "spk.1"
+
+    lines(folder / "txt/train.de", ["eins"])
+    with pytest.raises(SystemExit):
+        made(tmp_path / "more", "must_c", "--manual-dir", tmp_path / "en-de", "--target", "de")
+
+
+def manifest_rows() -> list[dict]:
+    return [
+        {"audio": f"a/{i}.flac", "text": text, "speaker": "anna", "translations": {"de": german}}
+        for i, (text, german) in enumerate(SENTENCES)
+    ]
+
+
+def test_jsonl_of_ones_own(spoken, tmp_path):
+    for i, samples in enumerate(spoken):
+        write(tmp_path / f"a/{i}.flac", samples)
+    lines(tmp_path / "m.jsonl", map(json.dumps, manifest_rows()))
+    data = made(tmp_path / "out", "manifest", "--manifest", tmp_path / "m.jsonl")
+    assert_holds(data, spoken)
+    assert (data[0].id, data[0].speaker, data[0].language) == ("a/0.flac", "anna", "en")
+    without = made(tmp_path / "w", "manifest", "--manifest", tmp_path / "m.jsonl", "--translations")
+    assert_holds(without, spoken, german=False)
+
+
+def test_nemos_jsonl_with_parts_of_recordings(spoken, tmp_path):
+    write(tmp_path / "all.wav", np.concatenate(spoken))
+    starts = np.cumsum([0, *map(len, spoken)])
+    rows = [
+        {"audio_filepath": "all.wav", "offset": start / 16_000, "duration": len(part) / 16_000, "text": text}
+        | {"lang": "en", "pred_text": "ignored"}
+        for start, part, (text, _) in zip(starts[:-1].tolist(), spoken, SENTENCES, strict=True)
+    ]
+    lines(tmp_path / "m.json", map(json.dumps, rows))
+    assert_holds(made(tmp_path / "out", "manifest", "--manifest", tmp_path / "m.json"), spoken, german=False)
+
+
+@pytest.mark.parametrize(("suffix", "dialect"), [("csv", "excel"), ("tsv", "excel-tab")])
+def test_tables(suffix, dialect, spoken, tmp_path):
+    for i, samples in enumerate(spoken):
+        write(tmp_path / f"a/{i}.wav", samples)
+    quoting = csv.QUOTE_NONE if suffix == "tsv" else csv.QUOTE_MINIMAL
+    with open(tmp_path / f"m.{suffix}", "w", newline="", encoding="utf-8-sig") as file:
+        writer = csv.writer(file, dialect, quoting=quoting, quotechar=None if suffix == "tsv" else '"')
+        writer.writerow(["id", "audio", "text", "translation_de", "duration"])
+        for i, (text, german) in enumerate(SENTENCES):
+            writer.writerow([f"u{i}", f"a/{i}.wav", text, german, len(spoken[i]) / 16_000])
+    data = made(tmp_path / "out", "manifest", "--manifest", tmp_path / f"m.{suffix}")
+    assert_holds(data, spoken)
+    assert data[2].id == "u2"
+
+
+def test_the_references_tsv_and_txt(spoken, tmp_path):
+    for i, samples in enumerate(spoken):
+        write(tmp_path / f"root/{i}.wav", samples)
+    rows = [f"{i}.wav\t{len(samples)}\ttranscription" for i, samples in enumerate(spoken)]
+    lines(tmp_path / "train.tsv", [tmp_path / "root", *rows])
+    lines(tmp_path / "train.txt", [text for text, _ in SENTENCES])
+    data = made(tmp_path / "out", "manifest", "--manifest", tmp_path / "train.tsv")
+    assert_holds(data, spoken, german=False)
+
+
+@pytest.mark.parametrize(
+    ("name", "kwargs"),
+    [
+        ("a.wav", {}),
+        ("a.flac", {}),
+        ("a.mp3", {}),
+        ("a.ogg", {}),
+        ("a.opus", dict(format="OGG", subtype="OPUS")),
+    ],
+)
+def test_any_format_rate_and_channels(name, kwargs, spoken, tmp_path):
+    for rate, channels in ((8_000, 1), (48_000, 3)):
+        if channels > 2 and name in ("a.mp3", "a.opus"):
+            channels = 2
+        waveform = np.repeat(soxr.resample(spoken[0] / 32768, 16_000, rate)[:, None], channels, 1)
+        folder = tmp_path / f"{rate}"
+        write(folder / name, waveform, rate, **kwargs)
+        lines(folder / "m.jsonl", [json.dumps({"audio": name, "text": "x"})])
+        waveform = made(folder / "out", "manifest", "--manifest", folder / "m.jsonl").waveform(0)
+        assert len(waveform) == pytest.approx(len(spoken[0]), abs=1600)
+        # Heard the same, shifted by what the format adds in front.
+        n = len(waveform) + len(spoken[0])
+        product = np.fft.irfft(np.fft.rfft(waveform, n) * np.fft.rfft(spoken[0] / 32768, n).conj(), n)
+        scale = np.linalg.norm(waveform) * np.linalg.norm(spoken[0] / 32768)
+        assert product.max() / scale > 0.9
+
+
+def broken(folder: Path, samples: np.ndarray) -> dict[str, tuple[str | bytes, str]]:
+    """Lines of a manifest by what is wrong with them, each with the reason that is to be given."""
+    write(folder / "good.wav", samples)
+    write(folder / "good.flac", samples)
+    write(folder / "good.mp3", samples)
+    for name in ("good.wav", "good.flac", "good.mp3"):
+        data = (folder / name).read_bytes()
+        (folder / f"cut.{name[-4:].strip('.')}").write_bytes(data[: len(data) // 2])
+    (folder / "empty.wav").write_bytes(b"")
+    (folder / "text.wav").write_bytes(b"this is no recording at all")
+    (folder / "folder.wav").mkdir()
+    write(folder / "none.wav", samples[:0])
+    write(folder / "silent.wav", samples * 0)
+    write(folder / "nan.wav", np.full(16_000, np.nan), subtype="FLOAT")
+    write(folder / "short.wav", samples[:800])
+    write(folder / "long.wav", np.resize(samples, 31 * 16_000))
+
+    def line(**changes) -> str:
+        row = {"audio": "good.wav", "text": "good", "translations": {"de": "gut"}} | changes
+        return json.dumps({name: value for name, value in row.items() if value is not None})
+
+    return {
+        "not json": ('{"audio": "good.wav", "text": ', "not JSON"),
+        "a list": ('["good.wav"]', "not JSON"),
+        "latin-1": ('{"audio": "good.wav", "text": "é"}'.encode("latin-1"), "text is not UTF-8"),
+        "without audio": (line(audio=None), "no audio"),
+        "with empty audio": (line(audio=""), "no audio"),
+        "without text": (line(text=None), "no text"),
+        "with empty text": (line(text=" \t"), "no text"),
+        "with a number for text": (line(text=3), "wrong value"),
+        "without translation": (line(translations=None), "no translation into de"),
+        "with empty translation": (line(translations={"de": ""}), "no translation into de"),
+        "with translations as text": (line(translations="gut"), "wrong value"),
+        "with an id that is there": (line(id="first"), "duplicate id"),
+        "with a duration in words": (line(duration="long"), "wrong value"),
+        "with a negative offset": (line(offset=-1.0, duration=0.5), "wrong value"),
+        "missing": (line(audio="nowhere.wav"), "no such file"),
+        "a folder": (line(audio="folder.wav"), "unreadable"),
+        "of no bytes": (line(audio="empty.wav"), "unreadable"),
+        "text named wav": (line(audio="text.wav"), "unreadable"),
+        "a wav cut short": (line(audio="cut.wav"), "cut short"),
+        "a flac cut short": (line(audio="cut.flac"), "unreadable"),
+        "an mp3 cut short": (line(audio="cut.mp3"), "cut short"),
+        "of no samples": (line(audio="none.wav"), "empty"),
+        "silent": (line(audio="silent.wav"), "silent"),
+        "not a number": (line(audio="nan.wav"), "not finite"),
+        "too short": (line(audio="short.wav"), "too short"),
+        "too long": (line(audio="long.wav"), "too long"),
+        "of another length than declared": (line(duration=9.0), "not as long as declared"),
+        "a part beyond the end": (line(offset=100.0, duration=1.0), "cut short"),
+    }
+
+
+def test_what_can_not_be_used_is_listed_with_its_reason(spoken, tmp_path, capsys):
+    cases = broken(tmp_path, spoken[0])
+    rows = [json.dumps({"id": "first", "audio": "good.wav", "text": "good", "translations": {"de": "gut"}})]
+    # Each has an id of its own, so that it is rejected for its own reason.
+    for number, (row, _) in enumerate(cases.values()):
+        if isinstance(row, str) and row.startswith("{") and row.endswith("}") and '"id"' not in row:
+            row = json.dumps({"id": f"u{number}", **json.loads(row)})
+        rows.append(row)
+    text = b"".join((row.encode() if isinstance(row, str) else row) + b"\n" for row in rows)
+    (tmp_path / "m.jsonl").write_bytes(text)
+
+    arguments = ["manifest", str(tmp_path / "out"), "--manifest", str(tmp_path / "m.jsonl"), *ONE_PROCESS]
+    with pytest.raises(SystemExit):
+        prepare.main(arguments)
+    assert not (tmp_path / "out").exists()
+    assert re.search(
+        r"28 of 29 records can't be used, more than --max-rejected=0.01", capsys.readouterr().err
+    )
+    listed = (tmp_path / "out.rejected.jsonl").read_text()
+
+    assert prepare.main([*arguments, "--max-rejected", "1"]) == 0
+    assert len(DataSet(tmp_path / "out")) == 1
+    assert (tmp_path / "out/rejected.jsonl").read_text() == listed
+    reasons = {}
+    for rejection in map(json.loads, listed.splitlines()):
+        assert rejection["line"] not in reasons  # once
+        reasons[rejection["line"]] = rejection["reason"]
+    names = list(cases)
+    found = {names[int(line.removeprefix("m.jsonl:")) - 2]: reason for line, reason in reasons.items()}
+    assert found == {name: reason for name, (_, reason) in cases.items()}
+    assert len(cases) >= 20
+    printed = capsys.readouterr().out
+    assert "rejected: cut short" in printed
+    assert re.search(r"29 records\n\s+1 usable", printed)
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "reason"),
+    [
+        ("m.tsv", "audio\ttext\ngood.wav\n", "wrong number of columns"),
+        ("m.csv", "audio,text\ngood.wav,good,more\n", "wrong number of columns"),
+        ("m.csv", "audio,text,duration\ngood.wav,good,long\n", "wrong value"),
+        ("m.csv", "file,text\ngood.wav,good\n", "no audio"),
+        ("m.tsv", "ROOT\ngood.wav\tmany\ttranscription\n", "wrong value"),
+        ("m.tsv", "ROOT\ngood.wav\t30000\ttranslation\n", "no transcript"),
+        ("m.tsv", "ROOT\ngood.wav\t30000\ttranscription\ngood.wav\t3\ttranscription\n", "no text"),
+    ],
+)
+def test_rows_of_tables_that_can_not_be_used(name, text, reason, spoken, tmp_path):
+    write(tmp_path / "good.wav", spoken[0])
+    (tmp_path / name).write_text(text.replace("ROOT", str(tmp_path)).replace("30000", str(len(spoken[0]))))
+    (tmp_path / "m.txt").write_text("good\n")
+    with pytest.raises(SystemExit):
+        made(tmp_path / "out", "manifest", "--manifest", tmp_path / name)
+    rejections = [json.loads(line) for line in (tmp_path / "out.rejected.jsonl").read_text().splitlines()]
+    assert rejections[-1]["reason"] == reason
+
+
+def test_a_clip_that_common_voice_has_not_validated_is_listed(spoken, tmp_path):
+    write(tmp_path / "cv/clips/a.mp3", spoken[0])
+    lines(tmp_path / "cv/validated.tsv", ["client_id\tpath\tsentence", "x\ta.mp3\ta"])
+    rows = ["path\ttranslation\tsplit", "a.mp3\tb\ttrain", "b.mp3\tc\ttrain"]
+    lines(tmp_path / "cv/covost_v2.en_de.tsv", rows)
+    arguments = ["covost2", "--manual-dir", tmp_path / "cv", "--target", "de", "--max-rejected", "0.5"]
+    made(tmp_path / "out", *arguments)
+    assert json.loads((tmp_path / "out/rejected.jsonl").read_text())["reason"] == "not in validated.tsv"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["manifest", "--manifest", "nowhere.jsonl"], "nowhere.jsonl does not exist"),
+        (["manifest", "--manifest", "m.docx"], "is no manifest: give .jsonl, .tsv or .csv"),
+        (["librispeech", "--manual-dir", "nowhere"], "is no subset of LibriSpeech"),
+        (["covost2", "--manual-dir", "nowhere", "--target", "de"], "validated.tsv does not exist"),
+        (["must_c", "--manual-dir", "nowhere", "--target", "de"], "train.yaml does not exist"),
+    ],
+)
+def test_a_source_that_is_not_there_is_said_and_leaves_nothing(arguments, message, tmp_path, capsys):
+    with pytest.raises(SystemExit):
+        made(tmp_path / "out", *arguments)
+    assert message in capsys.readouterr().err
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_data_set_that_is_there_is_not_touched(small_world, capsys):
+    before = sorted((small_world / "heard").iterdir())
+    with pytest.raises(SystemExit):
+        made(small_world / "heard", "manifest", "--manifest", "m.jsonl")
+    assert "is there already" in capsys.readouterr().err
+    assert sorted((small_world / "heard").iterdir()) == before
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGKILL])
+def test_a_killed_run_leaves_no_data_set(number, spoken, tmp_path):
+    for i in range(400):
+        write(tmp_path / f"a/{i}.wav", np.roll(spoken[0], i))
+    rows = [{"audio": f"a/{i}.wav", "text": f"sentence {i}"} for i in range(400)]
+    lines(tmp_path / "m.jsonl", map(json.dumps, rows))
+    out, manifest = tmp_path / "out", str(tmp_path / "m.jsonl")
+    command = [sys.executable, "-m", "sparqle_jax.data.prepare", "manifest", str(out), "--manifest", manifest]
+    process = subprocess.Popen([*command, *ONE_PROCESS], stderr=subprocess.DEVNULL, start_new_session=True)
+    while process.poll() is None and not list(tmp_path.glob("incomplete.*/speech-train*")):
+        time.sleep(0.01)
+    os.killpg(process.pid, number)
+    assert process.wait() != 0
+    assert not out.exists()
+    with pytest.raises(FileNotFoundError, match="is no data set"):
+        DataSet(out)
+    data = made(out, "manifest", "--manifest", manifest)
+    assert len(data) == 400
+    assert len(list(out.glob("speech-train*"))) == builder.num_shards(400) == 12
+
+
+def test_all_cores_give_what_one_gives(spoken, tmp_path):
+    for i, samples in enumerate(spoken):
+        write(tmp_path / f"a/{i}.flac", samples)
+    rows = [row | {"id": f"{k}-{row['audio']}"} for k in range(20) for row in manifest_rows()]
+    lines(tmp_path / "m.jsonl", map(json.dumps, rows))
+    one = made(tmp_path / "one", "manifest", "--manifest", tmp_path / "m.jsonl")
+    manifest = ["--manifest", str(tmp_path / "m.jsonl")]
+    assert prepare.main(["manifest", str(tmp_path / "all"), *manifest]) == 0
+    assert DataSet(tmp_path / "all").fingerprint == one.fingerprint
+    names = sorted(file.name for file in (tmp_path / "one").iterdir())
+    assert sorted(file.name for file in (tmp_path / "all").iterdir()) == names
+    everything = DataSet(tmp_path / "all")
+    for i in range(80):
+        np.testing.assert_array_equal(everything.waveform(i), one.waveform(i))
+
+
+def test_a_corpus_is_its_data_sets_one_after_the_other(small_world):
+    sets = [DataSet(small_world / name) for name in ("train", "heard", "unheard")]
+    corpus = Corpus(sets)
+    assert len(corpus) == 24 + 8 + 8
+    for index, (number, place) in {0: (0, 0), 23: (0, 23), 24: (1, 0), 31: (1, 7), 39: (2, 7)}.items():
+        assert corpus.locate(index) == (number, place)
+        assert corpus[index] == sets[number][place]
+        np.testing.assert_array_equal(corpus.waveform(index), sets[number].waveform(place))
+        assert corpus.num_samples[index] == len(corpus.waveform(index))
+
+
+def test_a_broken_index_or_record_is_named(small_world, tmp_path):
+    shutil.copytree(small_world / "heard", tmp_path / "data")
+    data = DataSet(tmp_path / "data")
+    (shard,) = (tmp_path / "data").glob("speech-train*")
+    content = bytearray(shard.read_bytes())
+    content[len(content) // 3 : len(content) // 2] = bytes(len(content) // 2 - len(content) // 3)
+    shard.write_bytes(content)
+    with pytest.raises(ValueError, match=rf"'00000\d-0' can't be read, record \d of .*, in {shard.name}"):
+        list(map(data.waveform, range(len(data))))
+    (tmp_path / "data/index.arrow").write_bytes(b"nothing")
+    with pytest.raises(ValueError, match="is broken"):
+        DataSet(tmp_path / "data")
