@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 export TRANSFORMERS_NO_ADVISORY_WARNINGS ?= 1
 export JAX_COMPILATION_CACHE_DIR ?= $(CURDIR)/.cache/jax
 
-.PHONY: help setup demo demo-from-scratch test parity fullsize lint format clean
+.PHONY: help setup demo demo-from-scratch test parity fullsize bench-data lint format clean
 
 help:  ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/' | expand -t 20
@@ -43,6 +43,9 @@ parity: $(VENV)/.ready-parity  ## the same numbers as PyTorch
 
 fullsize: $(VENV)/.ready-parity  ## full-size towers: HuBERT-large against PyTorch, memory of a 1B LLM
 	$(BIN)/python -m tests.parity.fullsize
+
+bench-data: $(VENV)/.ready-parity  ## how fast data are read, beside soundfile and PyTorch's DataLoader
+	$(BIN)/python -m benchmarks.data
 
 lint: $(VENV)/.ready  ## ruff: lint and format
 	$(BIN)/ruff check .

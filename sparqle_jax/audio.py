@@ -159,14 +159,19 @@ class FeatureExtractor:
                 "divide it by 32768 if it is 16-bit audio."
             )
         waveform = waveform.astype(np.float32)
+        self.apply(waveform)
+        return waveform
+
+    def apply(self, waveform: np.ndarray) -> None:
+        """As a call, but in place, of float32 [S]: without the copies, with which reading took twice as long."""
         if not waveform.size:
-            return waveform
+            return
         if self.compat == "published":
             peak = np.abs(waveform).max()
-            return waveform / peak if peak > 0 else waveform
-        if not self.do_normalize:
-            return waveform
-        return (waveform - waveform.mean()) / np.sqrt(waveform.var() + 1e-7)
+            waveform /= peak if peak > 0 else 1
+        elif self.do_normalize:
+            waveform -= waveform.mean()
+            waveform /= np.sqrt(np.vdot(waveform, waveform) / waveform.size + 1e-7)
 
 
 def pad(

@@ -118,7 +118,11 @@ class DataSet(Sequence[Utterance]):
         return itertools.chain.from_iterable(chunk.to_pylist() for chunk in column.chunks)
 
     def waveform(self, index: int) -> np.ndarray:
-        """float32 [S] at 16 kHz, samples from -1 to 1. Raises ValueError, naming id and file, if broken."""
+        """float32 [S] at 16 kHz, samples from -1 to 1. Raises as `samples`."""
+        return self.samples(index).astype(np.float32) / 32768
+
+    def samples(self, index: int) -> np.ndarray:
+        """The recording as int16 [S] at 16 kHz. Raises ValueError, naming id and file, if it is broken."""
         try:
             record = self._records[index]
             if record["id"].decode() != self._index["id"][index].as_py():
@@ -128,7 +132,7 @@ class DataSet(Sequence[Utterance]):
                 f"{self._index['id'][index].as_py()!r} can't be read, record {index} of {self.folder}, in "
                 f"{self._shard(index)}: {error}"
             ) from error
-        return record["audio"].astype(np.float32) / 32768
+        return record["audio"]
 
     @functools.cached_property
     def fingerprint(self) -> str:
@@ -177,6 +181,11 @@ class Corpus(Sequence[Utterance]):
         """As `DataSet.waveform`."""
         number, index = self.locate(index)
         return self.data_sets[number].waveform(index)
+
+    def samples(self, index: int) -> np.ndarray:
+        """As `DataSet.samples`."""
+        number, index = self.locate(index)
+        return self.data_sets[number].samples(index)
 
     def locate(self, index: int) -> tuple[int, int]:
         """Which data set an utterance is in, and its number there."""

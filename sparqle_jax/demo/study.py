@@ -32,6 +32,8 @@ CONTROLS: dict[str, tuple[str, ...]] = {
         "stage2.steps=7500",
     ),
     "random-encoder": ("encoder=FOLDER/random-hubert",),
+    # A step of stage 1 takes as long as one of stage 2.
+    "without-stage-1": ("stage1=null", "stage2.steps=5600"),
 }
 ABLATIONS: dict[str, tuple[str, ...]] = {
     "all-losses": SHORT,
