@@ -2,9 +2,9 @@
 
     make bench-data
 
-Speech is synthesised once, of LibriSpeech's lengths, as flac. The same files are then decoded by soundfile in a
-loop, read by a DataLoader, and, prepared, by the pipeline of training; each on all cores. The pipeline and the
-DataLoader also normalise, tokenise and pad. At last, the plan for 30 million recordings of random lengths.
+Speech is synthesised once, of LibriSpeech's lengths, as flac. The same files are then decoded by soundfile in
+a loop, read by a DataLoader, and, prepared, by the pipeline of training; each on all cores. The pipeline and
+the DataLoader also normalise, tokenise and pad. At last, a plan for 30 million recordings of random lengths.
 """
 
 import argparse

@@ -163,7 +163,7 @@ class FeatureExtractor:
         return waveform
 
     def apply(self, waveform: np.ndarray) -> None:
-        """As a call, but in place, of float32 [S]: without the copies, with which reading took twice as long."""
+        """As a call, but in place, of float32 [S]: copies would double the time that reading takes."""
         if not waveform.size:
             return
         if self.compat == "published":

@@ -2,6 +2,7 @@
 
 import shutil
 
+import fsspec
 import grain
 import jax
 import numpy as np
@@ -12,6 +13,7 @@ from sparqle_jax.data import pipeline
 from sparqle_jax.data.dataset import Corpus, DataSet
 from sparqle_jax.data.plan import Plan, choose_buckets
 from sparqle_jax.demo import grammar, language_model
+from tests.bucket import Bucket
 
 VOCAB_SIZE = language_model.VOCAB_SIZE
 TASKS = {"transcribe": 1.0, "de": 1.0}
@@ -228,6 +230,24 @@ def test_a_corrupt_record_is_skipped_and_counted_when_told_to(corrupt, corpus, t
         assert all(row.tobytes() in rows for row in arrays["waveform"])
     assert skipped == len(set(np.concatenate([rows.ravel() for rows in plan.epoch(0)])) & bad)
     assert capfd.readouterr().err.count("skipped: ") == skipped
+
+
+def test_a_data_set_on_gs_gives_the_batches_of_a_local_one(small_world, corpus, tokenizer, monkeypatch):
+    bucket = Bucket(small_world)
+    # The emulators of gcsfs, which reads the index, and of ArrayRecord's reader.
+    monkeypatch.setitem(fsspec.config.conf, "gcs", {"token": "anon", "endpoint_url": bucket.address})
+    monkeypatch.setenv("CLOUD_STORAGE_EMULATOR_ENDPOINT", bucket.address)
+    monkeypatch.setenv("GCSFS_EXPERIMENTAL_ZB_HNS_SUPPORT", "false")
+    monkeypatch.setenv("NO_PROXY", "127.0.0.1")
+    with pytest.raises(FileNotFoundError, match="gs://bucket/nowhere is no data set"):
+        DataSet("gs://bucket/nowhere")
+    remote = Corpus([DataSet("gs://bucket/train")])
+    assert list(remote) == list(corpus)
+    plan, here = make_examples(corpus, tokenizer)
+    _, there = make_examples(remote, tokenizer)
+    stop = plan.batches_per_epoch
+    assert_equal(*(list(pipeline.batches(examples, plan, seed=0, stop=stop)) for examples in (here, there)))
+    assert any("array_record" in name for name in bucket.requests)
 
 
 def test_a_task_without_answers_is_named(corpus, tokenizer):

@@ -1,0 +1,76 @@
+"""A folder served as the bucket of a Google Cloud Storage on this machine: as much of it as reading needs."""
+
+import json
+import re
+import threading
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from urllib.parse import parse_qs, unquote, urlsplit
+
+
+class Bucket:
+    """Serves the files below `folder` as gs://bucket/...; `requests` has the paths that were asked for."""
+
+    def __init__(self, folder: Path):
+        self.requests: list[str] = []
+        requests = self.requests
+
+        class Handler(BaseHTTPRequestHandler):
+            protocol_version = "HTTP/1.1"
+
+            def do_GET(self):
+                url = urlsplit(self.path)
+                query = {name: values[0] for name, values in parse_qs(url.query).items()}
+                _, _, name = url.path.partition("/bucket/o/")
+                file = folder / unquote(name)
+                requests.append(unquote(name))
+                if not name:
+                    self.answer(json.dumps(self.listing(query)).encode())
+                elif not file.is_file():
+                    self.answer(b"{}", 404)
+                elif query.get("alt") == "media":
+                    self.answer_part(file.read_bytes())
+                else:
+                    self.answer(json.dumps(self.about(file)).encode())
+
+            def about(self, file: Path) -> dict:
+                name = str(file.relative_to(folder))
+                size = str(file.stat().st_size)
+                return {"kind": "storage#object", "bucket": "bucket", "name": name, "size": size}
+
+            def listing(self, query: dict) -> dict:
+                prefix, items, prefixes = query.get("prefix", ""), [], set()
+                for file in sorted(path for path in folder.rglob("*") if path.is_file()):
+                    rest = str(file.relative_to(folder)).removeprefix(prefix)
+                    if not str(file.relative_to(folder)).startswith(prefix):
+                        continue
+                    if query.get("delimiter") and "/" in rest:
+                        prefixes.add(prefix + rest.split("/")[0] + "/")
+                    else:
+                        items.append(self.about(file))
+                return {"kind": "storage#objects", "items": items, "prefixes": sorted(prefixes)}
+
+            def answer_part(self, data: bytes) -> None:
+                wanted = re.fullmatch(r"bytes=(\d*)-(\d*)", self.headers.get("Range") or "")
+                if wanted is None:
+                    self.answer(data)
+                    return
+                start = int(wanted[1]) if wanted[1] else max(0, len(data) - int(wanted[2]))
+                end = min(int(wanted[2]) + 1 if wanted[1] and wanted[2] else len(data), len(data))
+                self.answer(data[start:end], 206, f"bytes {start}-{end - 1}/{len(data)}")
+
+            def answer(self, data: bytes, status: int = 200, part: str = "") -> None:
+                self.send_response(status)
+                self.send_header("Content-Type", "application/octet-stream")
+                if part:
+                    self.send_header("Content-Range", part)
+                self.send_header("Content-Length", str(len(data)))
+                self.end_headers()
+                self.wfile.write(data)
+
+            def log_message(self, *_) -> None:
+                pass
+
+        self._server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+        self.address = f"http://127.0.0.1:{self._server.server_port}"
+        threading.Thread(target=self._server.serve_forever, daemon=True).start()
