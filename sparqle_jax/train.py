@@ -33,7 +33,7 @@ from tensorboardX import SummaryWriter
 from sparqle_jax import audio, pretrained, prompts
 from sparqle_jax.adapters.qformer import QFormer, QFormerConfig
 from sparqle_jax.config import Config, OptimConfig, Stage1Config, Stage2Config, StageConfig, read_config
-from sparqle_jax.data.dataset import Corpus, DataSet
+from sparqle_jax.data.dataset import Corpus, CorruptRecord, DataSet
 from sparqle_jax.data.frames import keep_frames
 from sparqle_jax.data.pipeline import (
     SKIPPED,
@@ -119,7 +119,8 @@ def train(
     """The model after `config.steps` steps, from the last checkpoint in `folder` if there is one.
 
     The model given can't be used any more. Raises Stopped after Ctrl-C or SIGTERM, when it has saved a
-    checkpoint, and FloatingPointError for a loss or gradient that is not finite: no such step is saved.
+    checkpoint, FloatingPointError for a loss or gradient that is not finite (no such step is saved), and
+    CorruptRecord.
     """
     graph, trained, frozen = partition(model)
     optimizer, schedule = make_optimizer(config.optim, config.steps)
@@ -557,7 +558,7 @@ def main(argv: list[str] | None = None) -> int:
     except (Stopped, KeyboardInterrupt) as stopped:
         print(f"{str(stopped) or 'stopped'}; the same command goes on from there.", file=sys.stderr)
         return STOPPED
-    except FloatingPointError as error:
+    except (FloatingPointError, CorruptRecord) as error:
         print(error, file=sys.stderr)
         return 1
     print(f"done: {run.config.run}")

@@ -386,7 +386,7 @@ def test_a_data_set_that_is_there_is_not_touched(small_world, capsys):
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGKILL])
-def test_a_killed_run_leaves_no_data_set(number, spoken, tmp_path):
+def test_a_killed_run_leaves_no_data_set(number, spoken, tmp_path, capsys):
     for i in range(400):
         write(tmp_path / f"a/{i}.wav", np.roll(spoken[0], i))
     rows = [{"audio": f"a/{i}.wav", "text": f"sentence {i}"} for i in range(400)]
@@ -402,6 +402,10 @@ def test_a_killed_run_leaves_no_data_set(number, spoken, tmp_path):
     with pytest.raises(FileNotFoundError, match="is no data set"):
         DataSet(out)
     data = made(out, "manifest", "--manifest", manifest)
+    left = list(tmp_path.glob("incomplete.*"))
+    assert bool(left) == (number == signal.SIGKILL)
+    for folder in left:
+        assert f"{folder} is what a run that was killed has left" in capsys.readouterr().out
     assert len(data) == 400
     assert len(list(out.glob("speech-train*"))) == builder.num_shards(400) == 12
 

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -13,6 +14,8 @@ import pytest
 from safetensors.numpy import load_file
 
 from sparqle_jax import train
+from sparqle_jax.data.dataset import CorruptRecord, DataSet
+from sparqle_jax.data.plan import Plan, choose_buckets
 from sparqle_jax.transcribe import Listener
 
 CONFIG = str(Path(__file__).parents[1] / "configs" / "tiny.py")
@@ -30,6 +33,8 @@ SIZES = dict(
 KILLED = """
 import os, signal, sys
 from sparqle_jax import train
+from sparqle_jax.data.dataset import CorruptRecord, DataSet
+from sparqle_jax.data.plan import Plan, choose_buckets
 write = train._Log.write
 def write_or_die(self, step, *args):
     write(self, step, *args)
@@ -158,6 +163,56 @@ def test_other_data_under_the_same_name_do_not_go_on(whole, small_world, tmp_pat
     with pytest.raises(SystemExit):
         train.main([str(run / "config.json"), "--set", f"run={run}"])
     assert "other: what is in data.train" in capsys.readouterr().err
+
+
+def test_a_mixture_in_buckets_compiles_a_step_for_each(small_world, tmp_path, capsys):
+    mixture = {
+        "a": {"folder": str(small_world / "train"), "weight": 1.0},
+        "b": {"folder": str(small_world / "heard"), "weight": 1.0, "tasks": {"fr": 1.0}},
+    }
+    changes = [
+        "stage1=null",
+        f"data.train={json.dumps(mixture)}",
+        "data.buckets=[1.9, 3.0]",
+        "stage2.batch_size=2",
+        "stage2.steps=9",
+        "stage2.evaluate=false",
+    ]
+    assert train.main(arguments(tmp_path / "run", small_world, *changes)) == 0
+    printed = capsys.readouterr().out
+    assert re.findall(r"compiling a step of (\d+) recordings of up to ([\d.]+) s", printed) == [
+        ("2", "3.00"),
+        ("3", "1.90"),
+    ]
+    rows = metrics(tmp_path / "run", "stage2")
+    assert len(rows) == 9
+    assert all(0 < row["padding"] < 0.6 for row in rows)
+
+
+def test_a_corrupt_record_stops_training_and_is_skipped_when_told_to(small_world, tmp_path, capsys):
+    shutil.copytree(small_world / "train", tmp_path / "data")
+    (shard,) = (tmp_path / "data").glob("speech-train*")
+    content = bytearray(shard.read_bytes())
+    content[len(content) // 2 : len(content) // 2 + 1000] = bytes(1000)
+    shard.write_bytes(content)
+    data, bad = DataSet(tmp_path / "data"), set()
+    for i in range(len(data)):
+        try:
+            data.samples(i)
+        except CorruptRecord:
+            bad.add(i)
+    buckets = choose_buckets(data.num_samples, 1)
+    firsts = ((seed, Plan(data.num_samples, buckets, 4, seed=seed).batch(0).indices) for seed in range(100))
+    seed = next(seed for seed, first in firsts if bad.isdisjoint(first))  # not found before the first step
+    changes = ["stage1=null", f"data.train={tmp_path / 'data'}", "stage2.steps=6", "stage2.evaluate=false"]
+    changes.append(f"seed={seed}")
+    assert train.main(arguments(tmp_path / "one", small_world, *changes)) == 1
+    assert re.search(r"can't be read, record \d+ of .* in speech-train", capsys.readouterr().err)
+    skip = [*changes, "data.skip_corrupt=true"]
+    assert train.main(arguments(tmp_path / "other", small_world, *skip)) == 0
+    rows = metrics(tmp_path / "other", "stage2")
+    assert rows[-1]["skipped"] == len(bad)  # once in this epoch
+    assert np.isfinite([row["loss"] for row in rows]).all()
 
 
 def test_a_step_that_is_not_finite_is_not_saved(small_world, tmp_path, capsys):

@@ -212,9 +212,11 @@ class SpeechBuilder(FileReaderBuilder):
                 line = json.dumps(record.model_dump()).encode() + b"\n"
                 starts.append(place)
                 place += out.write(line)
-        ends = np.linspace(0, len(starts), num_shards(len(starts)) + 1).astype(int).tolist()
+        if not starts and not rejections:
+            raise ValueError(f"{self.source} has no records.")
         if not starts:
             return []
+        ends = np.linspace(0, len(starts), num_shards(len(starts)) + 1).astype(int).tolist()
         return [Shard(i, starts[a], b - a) for i, (a, b) in enumerate(itertools.pairwise(ends))]
 
     def _reject(self, folder: epath.Path, listed: list[Rejection], num_shards: int, total: int) -> None:
@@ -290,6 +292,8 @@ def prepare(folder: str | os.PathLike, source: Source, limits: Limits, beam_opti
     if epath.Path(folder).exists():
         raise FileExistsError(f"{folder} is there already: choose another folder, or delete that one.")
     epath.Path(folder).parent.mkdir(parents=True, exist_ok=True)
+    for left in epath.Path(folder).parent.glob(f"incomplete.*_{epath.Path(folder).name}"):
+        print(f"{left} is what a run that was killed has left: it can be deleted.", flush=True)
     options = shlex.split(beam_options)
     if not options:
         options = ["runner=DirectRunner", "direct_running_mode=multi_processing"]

@@ -73,6 +73,10 @@ def index_schema(languages: Iterable[str]) -> pyarrow.Schema:
     )
 
 
+class CorruptRecord(ValueError):
+    """A record that can't be read; its message names it."""
+
+
 class DataSet(Sequence[Utterance]):
     """The utterances of a data set, by number, and their audio.
 
@@ -118,17 +122,17 @@ class DataSet(Sequence[Utterance]):
         return itertools.chain.from_iterable(chunk.to_pylist() for chunk in column.chunks)
 
     def waveform(self, index: int) -> np.ndarray:
-        """float32 [S] at 16 kHz, samples from -1 to 1. Raises as `samples`."""
+        """float32 [S] at 16 kHz, samples from -1 to 1. Raises CorruptRecord."""
         return self.samples(index).astype(np.float32) / 32768
 
     def samples(self, index: int) -> np.ndarray:
-        """The recording as int16 [S] at 16 kHz. Raises ValueError, naming id and file, if it is broken."""
+        """The recording as int16 [S] at 16 kHz. Raises CorruptRecord, naming id and file, if it is broken."""
         try:
             record = self._records[index]
             if record["id"].decode() != self._index["id"][index].as_py():
                 raise ValueError(f"its id is {record['id'].decode()!r}: the index is another data set's")
         except Exception as error:  # what the readers raise depends on what is broken
-            raise ValueError(
+            raise CorruptRecord(
                 f"{self._index['id'][index].as_py()!r} can't be read, record {index} of {self.folder}, in "
                 f"{self._shard(index)}: {error}"
             ) from error

@@ -17,7 +17,7 @@ from absl import flags
 from babel import Locale, UnknownLocaleError
 
 from sparqle_jax import audio, prompts
-from sparqle_jax.data.dataset import Corpus, Utterance
+from sparqle_jax.data.dataset import Corpus, CorruptRecord, Utterance
 from sparqle_jax.data.plan import Batch, Plan
 
 Arrays = dict[str, np.ndarray]
@@ -127,7 +127,7 @@ class Waveforms:
         return len(self.corpus)
 
     def rows(self, indices: Sequence[int], num_samples: int) -> Arrays:
-        """waveform float32 [B, S] and waveform_mask bool [B, S]. Raises ValueError naming a broken record."""
+        """waveform float32 [B, S] and waveform_mask bool [B, S]. Raises CorruptRecord."""
         waveform = np.zeros((len(indices), num_samples), np.float32)
         mask = np.zeros(waveform.shape, bool)
         for row, index in enumerate(indices):
@@ -248,9 +248,9 @@ def _read(
     read = list(places)
     try:
         return examples.speech.rows(batch.indices[read], batch.num_samples), read, np.int32(0)
-    except ValueError as error:
+    except CorruptRecord as error:
         if not examples.skip_corrupt:
-            raise ValueError(
+            raise CorruptRecord(
                 f"{error} (batch {batch.number}; data.skip_corrupt=true goes on without)"
             ) from error
     whole = []
@@ -258,10 +258,10 @@ def _read(
         try:
             examples.speech.rows(batch.indices[[place]], batch.num_samples)
             whole.append(place)
-        except ValueError as error:
+        except CorruptRecord as error:
             print(f"skipped: {error}", file=sys.stderr, flush=True)
     if not whole:
-        raise ValueError(f"no record of batch {batch.number} can be read.")
+        raise CorruptRecord(f"no record of batch {batch.number} can be read.")
     filled = list(itertools.islice(itertools.cycle(whole), len(read)))
     speech = examples.speech.rows(batch.indices[filled], batch.num_samples)
     return speech, filled, np.int32(len(read) - len(whole))

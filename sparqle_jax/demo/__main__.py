@@ -22,7 +22,7 @@ from flax import nnx
 
 from sparqle_jax import audio, train
 from sparqle_jax.config import Config, read_config
-from sparqle_jax.data.dataset import DataSet, Utterance
+from sparqle_jax.data.dataset import CorruptRecord, DataSet, Utterance
 from sparqle_jax.data.pipeline import TRANSCRIBE
 from sparqle_jax.demo import grammar
 from sparqle_jax.demo.page import write_page
@@ -253,7 +253,7 @@ def main(argv: list[str] | None = None) -> int:
     except (train.Stopped, KeyboardInterrupt) as stopped:
         print(f"{str(stopped) or 'stopped'}; the same command goes on from there.", file=sys.stderr)
         return train.STOPPED
-    except FloatingPointError as error:
+    except (FloatingPointError, CorruptRecord) as error:
         print(error, file=sys.stderr)
         return 1
     print(f"\nThe page: {config.run / 'index.html'}   The numbers: {config.run / 'results.json'}")
