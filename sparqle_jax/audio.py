@@ -65,7 +65,6 @@ def count_samples(file: str | os.PathLike) -> int:
 
 def check(waveform: np.ndarray, *, min_samples: int, max_samples: int) -> None:
     """Raises UnusableAudio for a waveform float [S] at 16 kHz that is too long or has no speech."""
-    seconds, most = len(waveform) / SAMPLE_RATE, max_samples / SAMPLE_RATE
     if not len(waveform):
         raise UnusableAudio("empty", f"it has 0 samples at 16 kHz; at least {min_samples} are needed.")
     if len(waveform) < min_samples:
@@ -76,9 +75,16 @@ def check(waveform: np.ndarray, *, min_samples: int, max_samples: int) -> None:
         raise UnusableAudio("not finite", "it has samples that are not finite (NaN or infinity).")
     if np.abs(waveform - waveform.mean()).max() < SILENCE:
         raise UnusableAudio("silent", "it is silent.")
-    if len(waveform) > max_samples:
+    check_length(len(waveform), max_samples)
+
+
+def check_length(num_samples: int, max_samples: int) -> None:
+    """Raises UnusableAudio for more than `max_samples`."""
+    if num_samples > max_samples:
         raise UnusableAudio(
-            "too long", f"it is {seconds:.1f} s long, but can have at most {most:g} s: cut it into pieces."
+            "too long",
+            f"it is {num_samples / SAMPLE_RATE:.1f} s long, but can have at most "
+            f"{max_samples / SAMPLE_RATE:g} s: cut it into pieces.",
         )
 
 
@@ -92,18 +98,20 @@ def _open(file: str | os.PathLike) -> Iterator[soundfile.SoundFile]:
             # Through Python where it must be: slower.
             source = stack.enter_context(path.open("rb")) if "://" in os.fspath(path) else os.fspath(path)
             recording = stack.enter_context(soundfile.SoundFile(source))
-            _check_wav_length(file, recording)
+            _check_length_known(file, recording)
             yield recording
-        except soundfile.LibsndfileError as error:
+        except (soundfile.LibsndfileError, TypeError) as error:  # TypeError: a file named .raw
+            reason = getattr(error, "error_string", error)
             raise UnusableAudio(
                 "unreadable",
-                f"{file} can't be read as a recording ({error.error_string}): give wav, flac, mp3, ogg or "
-                "opus.",
+                f"{file} can't be read as a recording ({reason}): give wav, flac, mp3, ogg or opus.",
             ) from error
 
 
-def _check_wav_length(file: str | os.PathLike, recording: soundfile.SoundFile) -> None:
-    """libsndfile shortens a wav whose end is lost, and says so in its log alone."""
+def _check_length_known(file: str | os.PathLike, recording: soundfile.SoundFile) -> None:
+    if recording.frames >= 2**62:  # what libsndfile says of flac that was written into a pipe, and can't read
+        raise UnusableAudio("unreadable", f"{file} does not say how long it is: convert it once more.")
+    # libsndfile shortens a wav whose end is lost, and says so in its log alone.
     lost = re.search(r"^\s*data\s*: (\d+) \(should be (\d+)\)", recording.extra_info, re.M)
     # Who writes wav into a pipe does not know its length, and writes the largest number.
     if lost and int(lost[2]) < int(lost[1]) < 0xFFFFFF00:

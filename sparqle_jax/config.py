@@ -137,10 +137,12 @@ class DataConfig(Model):
         return {"train": {"folder": train}} if isinstance(train, str) else train
 
     @pydantic.model_validator(mode="after")
-    def _all_or_no_weights(self) -> "DataConfig":
+    def _fits_together(self) -> "DataConfig":
         lacking = [name for name, one in self.train.items() if one.weight is None]
         if 0 < len(lacking) < len(self.train):
             raise ValueError(f"data.train has weights, but not for {lacking}: give all a weight, or none")
+        if self.frames is not None and self.skip_corrupt:
+            raise ValueError("frames are kept of all recordings: with skip_corrupt, set frames to null")
         return self
 
 

@@ -246,7 +246,7 @@ class _Log:
         self.bar = tqdm.tqdm(
             total=steps, initial=start, desc=folder.name, unit="step", dynamic_ncols=True, mininterval=0.5
         )
-        self.skipped = jnp.int32(0)
+        self.skipped = jnp.int32(json.loads(lines[-1]).get("skipped", 0) if lines else 0)
         self._begin()
 
     def _begin(self) -> None:
@@ -316,7 +316,7 @@ class Run:
             self.plan1 = _make_plan(config, corpus, config.stage1)
             self.alignment = AlignmentExamples(corpus, speech, tokenizer, vocab_size, self.plan1, **options)
             self.alignment_tests = {
-                name: _test_alignment(waveforms, tokenizer, vocab_size, config.stage1.batch_size)
+                name: _test_alignment(waveforms, tokenizer, vocab_size, config.stage1.batch_size, **options)
                 for name, waveforms in test_speech.items()
             }
             _try(self.aligner, self.alignment, self.plan1)
@@ -404,7 +404,7 @@ def _make_plan(config: Config, corpus: Corpus, stage: StageConfig) -> Plan:
         else [round(seconds * audio.SAMPLE_RATE) for seconds in buckets]
     )
     weights = [one.weight for one in config.data.train.values() if one.weight is not None]
-    return Plan(
+    plan = Plan(
         corpus.num_samples,
         lengths,
         stage.batch_size,
@@ -413,15 +413,21 @@ def _make_plan(config: Config, corpus: Corpus, stage: StageConfig) -> Plan:
         sizes=corpus.sizes,
         weights=weights or None,
     )
+    if len(plan.buckets) < len(lengths):
+        print(
+            f"{len(plan.buckets)} buckets instead of {len(lengths)}: an epoch has too few examples for more "
+            f"({plan.batches_per_epoch} batches of {stage.batch_size} and up)."
+        )
+    return plan
 
 
 def _test_alignment(
-    waveforms: Waveforms, tokenizer: Any, vocab_size: int, batch_size: int
+    waveforms: Waveforms, tokenizer: Any, vocab_size: int, batch_size: int, **options: Any
 ) -> tuple[AlignmentExamples, Plan]:
     """A data set to evaluate stage 1 on, all of one length."""
     lengths = waveforms.corpus.num_samples
     plan = Plan(lengths, choose_buckets(lengths, 1), min(batch_size, len(lengths)), seed=0)
-    return AlignmentExamples(waveforms.corpus, waveforms, tokenizer, vocab_size, plan), plan
+    return AlignmentExamples(waveforms.corpus, waveforms, tokenizer, vocab_size, plan, **options), plan
 
 
 def _try(model: Aligner | SparQLe, examples: Examples, plan: Plan) -> None:

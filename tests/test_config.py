@@ -67,6 +67,7 @@ def test_a_written_configuration_reads_back(tmp_path):
         ("stage2.tasks={}", "stage2.tasks: Dictionary should have at least 1 item"),
         ('stage2.steps="100"', "stage2.steps: Input should be a valid integer"),
         ("data.buckets=0", "data.buckets"),
+        ("data.skip_corrupt=true", "with skip_corrupt, set frames to null"),
         ('data.train={"a": {"folder": "A", "weight": 1}, "b": {"folder": "B"}}', r"not for \['b'\]"),
         ("data.train={}", "data.train: Dictionary should have at least 1 item"),
         ("seed=-1", "seed: Input should be greater than or equal to 0"),

@@ -1,6 +1,7 @@
 """Frames kept in a file: what the encoder gives, computed once, and again when anything in it differs."""
 
 import dataclasses
+import pickle
 
 import numpy as np
 import pytest
@@ -39,6 +40,10 @@ def test_kept_frames_are_the_encoders(waveforms, encoder, tmp_path, monkeypatch)
         assert rows["frames"].shape == frames.shape
         real = np.asarray(mask)
         np.testing.assert_allclose(rows["frames"][real], frames[real], rtol=1e-3, atol=1e-3)  # float16
+
+    travelled = pickle.dumps(kept)
+    assert len(travelled) < 10_000  # not with its frames
+    np.testing.assert_array_equal(pickle.loads(travelled).frames, kept.frames)
 
     monkeypatch.setattr(module, "_compute", lambda *_: pytest.fail("computed again"))
     again = keep_frames(tmp_path / "frames", waveforms, encoder)

@@ -144,6 +144,14 @@ def test_data_sets_are_mixed_by_weight_and_all_of_their_examples_come():
     assert len(epoch_of(by_size, 0)) + by_size.left_out == 360
 
 
+def test_no_example_of_a_mixture_is_never_drawn():
+    lengths = np.repeat([1, 9, 1], [9950, 50, 100]) * SAMPLE_RATE
+    buckets = [SAMPLE_RATE, 9 * SAMPLE_RATE]
+    plan = Plan(lengths, buckets, 1, seed=0, sizes=[10_000, 100], weights=[1.0, 1.0])
+    seen = set(np.concatenate([epoch_of(plan, number) for number in range(60)]).tolist())
+    assert set(range(9950, 10_000)) <= seen
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [

@@ -25,6 +25,7 @@ import soxr
 from sparqle_jax import audio
 from sparqle_jax.data import builder, prepare
 from sparqle_jax.data.dataset import Corpus, DataSet
+from sparqle_jax.data.sources import Manifest
 from sparqle_jax.demo.speech import Voice, synthesise
 
 SENTENCES = [
@@ -255,6 +256,11 @@ def broken(folder: Path, samples: np.ndarray) -> dict[str, tuple[str | bytes, st
     write(folder / "nan.wav", np.full(16_000, np.nan), subtype="FLOAT")
     write(folder / "short.wav", samples[:800])
     write(folder / "long.wav", np.resize(samples, 31 * 16_000))
+    (folder / "odd.raw").write_bytes(bytes(1000))
+    content = bytearray((folder / "good.flac").read_bytes())
+    content[21] &= 0xF0  # the 36 bits of STREAMINFO's number of samples
+    content[22:26] = bytes(4)
+    (folder / "piped.flac").write_bytes(content)
 
     def line(**changes) -> str:
         row = {"audio": "good.wav", "text": "good", "translations": {"de": "gut"}} | changes
@@ -264,6 +270,11 @@ def broken(folder: Path, samples: np.ndarray) -> dict[str, tuple[str | bytes, st
         "not json": ('{"audio": "good.wav", "text": ', "not JSON"),
         "a list": ('["good.wav"]', "not JSON"),
         "latin-1": ('{"audio": "good.wav", "text": "é"}'.encode("latin-1"), "text is not UTF-8"),
+        "of a language in latin-1": (
+            line(language="LANGUAGE").replace("LANGUAGE", "fran\xe7ais").encode("latin-1"),
+            "text is not UTF-8",
+        ),
+        "a translation for a transcript": (line(source_lang="en", target_lang="de"), "no transcript"),
         "without audio": (line(audio=None), "no audio"),
         "with empty audio": (line(audio=""), "no audio"),
         "without text": (line(text=None), "no text"),
@@ -279,6 +290,8 @@ def broken(folder: Path, samples: np.ndarray) -> dict[str, tuple[str | bytes, st
         "a folder": (line(audio="folder.wav"), "unreadable"),
         "of no bytes": (line(audio="empty.wav"), "unreadable"),
         "text named wav": (line(audio="text.wav"), "unreadable"),
+        "a flac of unknown length": (line(audio="piped.flac"), "unreadable"),
+        "raw": (line(audio="odd.raw"), "unreadable"),
         "a wav cut short": (line(audio="cut.wav"), "cut short"),
         "a flac cut short": (line(audio="cut.flac"), "unreadable"),
         "an mp3 cut short": (line(audio="cut.mp3"), "cut short"),
@@ -308,7 +321,7 @@ def test_what_can_not_be_used_is_listed_with_its_reason(spoken, tmp_path, capsys
         prepare.main(arguments)
     assert not (tmp_path / "out").exists()
     assert re.search(
-        r"28 of 29 records can't be used, more than --max-rejected=0.01", capsys.readouterr().err
+        r"32 of 33 records can't be used, more than --max-rejected=0.01", capsys.readouterr().err
     )
     listed = (tmp_path / "out.rejected.jsonl").read_text()
 
@@ -325,7 +338,7 @@ def test_what_can_not_be_used_is_listed_with_its_reason(spoken, tmp_path, capsys
     assert len(cases) >= 20
     printed = capsys.readouterr().out
     assert "rejected: cut short" in printed
-    assert re.search(r"29 records\n\s+1 usable", printed)
+    assert re.search(r"33 records\n\s+1 usable", printed)
 
 
 @pytest.mark.parametrize(
@@ -335,6 +348,7 @@ def test_what_can_not_be_used_is_listed_with_its_reason(spoken, tmp_path, capsys
         ("m.csv", "audio,text\ngood.wav,good,more\n", "wrong number of columns"),
         ("m.csv", "audio,text,duration\ngood.wav,good,long\n", "wrong value"),
         ("m.csv", "file,text\ngood.wav,good\n", "no audio"),
+        ("m.csv", "audio,text,offset\ngood.wav,good,-1\n", "wrong value"),
         ("m.tsv", "ROOT\ngood.wav\tmany\ttranscription\n", "wrong value"),
         ("m.tsv", "ROOT\ngood.wav\t30000\ttranslation\n", "no transcript"),
         ("m.tsv", "ROOT\ngood.wav\t30000\ttranscription\ngood.wav\t3\ttranscription\n", "no text"),
@@ -350,14 +364,58 @@ def test_rows_of_tables_that_can_not_be_used(name, text, reason, spoken, tmp_pat
     assert rejections[-1]["reason"] == reason
 
 
-def test_a_clip_that_common_voice_has_not_validated_is_listed(spoken, tmp_path):
+def test_rows_of_covost_that_can_not_be_used(spoken, tmp_path):
     write(tmp_path / "cv/clips/a.mp3", spoken[0])
-    lines(tmp_path / "cv/validated.tsv", ["client_id\tpath\tsentence", "x\ta.mp3\ta"])
-    rows = ["path\ttranslation\tsplit", "a.mp3\tb\ttrain", "b.mp3\tc\ttrain"]
+    lines(tmp_path / "cv/validated.tsv", ["client_id\tpath\tsentence", 'x\ta.mp3\t"a'])
+    rows = ["path\ttranslation\tsplit", 'a.mp3\tsagte \\"b\\"\ttrain', "b.mp3\tc\ttrain", "c.mp3\td"]
     lines(tmp_path / "cv/covost_v2.en_de.tsv", rows)
-    arguments = ["covost2", "--manual-dir", tmp_path / "cv", "--target", "de", "--max-rejected", "0.5"]
-    made(tmp_path / "out", *arguments)
-    assert json.loads((tmp_path / "out/rejected.jsonl").read_text())["reason"] == "not in validated.tsv"
+    arguments = ["covost2", "--manual-dir", tmp_path / "cv", "--target", "de", "--max-rejected", "0.7"]
+    (only,) = made(tmp_path / "out", *arguments)
+    assert (only.text, only.translations["de"]) == ('"a', 'sagte "b"')
+    rejected = map(json.loads, (tmp_path / "out/rejected.jsonl").read_text().splitlines())
+    assert [r["reason"] for r in rejected] == ["not in validated.tsv", "wrong number of columns"]
+
+
+def test_a_quotation_mark_that_is_not_closed_swallows_no_rows(spoken, tmp_path, capsys):
+    write(tmp_path / "a.wav", spoken[0])
+    (tmp_path / "m.csv").write_text('id,audio,text\n1,a.wav,"hello\n2,a.wav,hi\n3,a.wav,yes\n')
+    with pytest.raises(SystemExit):
+        made(tmp_path / "out", "manifest", "--manifest", tmp_path / "m.csv")
+    assert "m.csv is not a table, at or before line 4" in capsys.readouterr().err
+
+
+def test_numbers_for_ids_and_speakers(spoken, tmp_path):
+    write(tmp_path / "a.flac", spoken[0])
+    lines(tmp_path / "m.jsonl", [json.dumps({"audio": "a.flac", "text": "x", "id": 7, "speaker": 9})])
+    (only,) = made(tmp_path / "out", "manifest", "--manifest", tmp_path / "m.jsonl")
+    assert (only.id, only.speaker) == ("7", "9")
+
+
+def test_recordings_of_a_manifest_may_be_elsewhere(tmp_path):
+    lines(
+        tmp_path / "m.jsonl", ['{"audio": "gs://bucket/a.wav", "text": "x"}', '{"audio": "b", "text": "x"}']
+    )
+    records = list(Manifest(str(tmp_path / "m.jsonl")).records())
+    assert [record.audio for record in records] == ["gs://bucket/a.wav", str(tmp_path / "b")]
+
+
+def test_other_audio_is_another_data_set(spoken, tmp_path):
+    lines(tmp_path / "m.jsonl", [json.dumps({"audio": "a.wav", "text": "x"})])
+    fingerprints = set()
+    for name, samples in (("one", spoken[0]), ("again", spoken[0]), ("other", spoken[0][::-1])):
+        write(tmp_path / "a.wav", samples)
+        fingerprints.add(made(tmp_path / name, "manifest", "--manifest", tmp_path / "m.jsonl").fingerprint)
+    assert len(fingerprints) == 2
+
+
+def test_a_data_set_without_all_of_its_shards_is_not_whole(spoken, tmp_path):
+    write(tmp_path / "a.wav", spoken[0])
+    rows = [json.dumps({"id": str(i), "audio": "a.wav", "text": "x"}) for i in range(64)]
+    lines(tmp_path / "m.jsonl", rows)
+    made(tmp_path / "out", "manifest", "--manifest", tmp_path / "m.jsonl")
+    next((tmp_path / "out").glob("speech-train*00001-of-00002")).unlink()
+    with pytest.raises(ValueError, match="is not whole: it has 1 shards"):
+        DataSet(tmp_path / "out")
 
 
 @pytest.mark.parametrize(
@@ -405,7 +463,7 @@ def test_a_killed_run_leaves_no_data_set(number, spoken, tmp_path, capsys):
     left = list(tmp_path.glob("incomplete.*"))
     assert bool(left) == (number == signal.SIGKILL)
     for folder in left:
-        assert f"{folder} is what a run that was killed has left" in capsys.readouterr().out
+        assert f"{folder} is what a run has left that was killed" in capsys.readouterr().out
     assert len(data) == 400
     assert len(list(out.glob("speech-train*"))) == builder.num_shards(400) == 12
 

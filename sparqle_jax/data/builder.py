@@ -5,6 +5,8 @@ Its parts run in the workers, so they are not in the command's own module (prepa
 
 import collections
 import dataclasses
+import glob
+import hashlib
 import itertools
 import json
 import os
@@ -88,7 +90,8 @@ class WriteShard:
                 duration = np.float32(len(samples) / audio.SAMPLE_RATE)
                 example = features.encode_example(row | {"audio": samples, "duration": duration})
                 writer.write(serializer.serialize_example(example))
-                rows.append(row | {"num_samples": len(samples)})
+                digest = hashlib.blake2b(samples.tobytes(), digest_size=8).digest()
+                rows.append(row | {"num_samples": len(samples), "samples_hash": digest})
             writer.close()
         (epath.Path(self.folder) / f"{REJECTED}-{shard.number}").write_text(_lines(rejections))
         table = pyarrow.Table.from_pylist(rows, dataset.index_schema(self.languages))
@@ -108,9 +111,12 @@ class WriteShard:
 
     @contextmanager
     def _local(self, file: str) -> Iterator[str]:
-        """A local file that becomes `file`: ArrayRecord does not write to gs://."""
+        """A local file that becomes `file` when it is whole. ArrayRecord does not write to gs://."""
         if "://" not in file:
-            yield file
+            # A name of its own, since a cluster may try a shard again while the first try is still running.
+            partial = f"{file}.{os.getpid()}.partial"
+            yield partial
+            os.replace(partial, file)
             return
         with tempfile.TemporaryDirectory() as folder:
             local = epath.Path(folder) / "shard"
@@ -120,18 +126,20 @@ class WriteShard:
 
 def read_samples(record: Record, limits: Limits) -> np.ndarray:
     """The recording of a record as int16 [S] at 16 kHz. Raises UnusableAudio with the reason."""
+    max_samples = round(limits.max_seconds * audio.SAMPLE_RATE)
     try:
+        if record.seconds is None:  # before hours of it are decoded
+            audio.check_length(audio.count_samples(record.audio), max_samples)
         waveform = audio.read(record.audio, record.offset, record.seconds)
+    except audio.UnusableAudio:
+        raise
     except FileNotFoundError as error:
         raise audio.UnusableAudio("no such file", str(error)) from error
-    except OSError as error:
-        raise audio.UnusableAudio("unreadable", str(error)) from error
+    except Exception as error:  # what the decoders raise depends on what is broken
+        raise audio.UnusableAudio("unreadable", f"{type(error).__name__}: {error}") from error
     seconds = len(waveform) / audio.SAMPLE_RATE
-    audio.check(
-        waveform,
-        min_samples=round(limits.min_seconds * audio.SAMPLE_RATE),
-        max_samples=round(limits.max_seconds * audio.SAMPLE_RATE),
-    )
+    min_samples = round(limits.min_seconds * audio.SAMPLE_RATE)
+    audio.check(waveform, min_samples=min_samples, max_samples=max_samples)
     if record.declared is not None and abs(record.declared - seconds) > DECLARED_TOLERANCE:
         raise audio.UnusableAudio(
             "not as long as declared", f"declared {record.declared:.2f} s, it has {seconds:.2f} s"
@@ -234,6 +242,8 @@ class SpeechBuilder(FileReaderBuilder):
         if len(lines) > self.limits.max_rejected * total or len(lines) == total:
             file = self.folder.with_name(f"{self.folder.name}.{REJECTED}")
             file.write_text(text)
+            if len(lines) == total:
+                raise ValueError(f"none of {total} records can be used: see {file}.")
             raise ValueError(
                 f"{len(lines)} of {total} records can't be used, more than --max-rejected="
                 f"{self.limits.max_rejected:g} of all: see {file}. Mend them, or give another --max-rejected."
@@ -292,8 +302,8 @@ def prepare(folder: str | os.PathLike, source: Source, limits: Limits, beam_opti
     if epath.Path(folder).exists():
         raise FileExistsError(f"{folder} is there already: choose another folder, or delete that one.")
     epath.Path(folder).parent.mkdir(parents=True, exist_ok=True)
-    for left in epath.Path(folder).parent.glob(f"incomplete.*_{epath.Path(folder).name}"):
-        print(f"{left} is what a run that was killed has left: it can be deleted.", flush=True)
+    for left in epath.Path(folder).parent.glob(f"incomplete.??????_{glob.escape(epath.Path(folder).name)}"):
+        print(f"{left} is what a run has left that was killed, or is still running elsewhere.", flush=True)
     options = shlex.split(beam_options)
     if not options:
         options = ["runner=DirectRunner", "direct_running_mode=multi_processing"]

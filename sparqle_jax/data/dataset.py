@@ -69,6 +69,7 @@ def index_schema(languages: Iterable[str]) -> pyarrow.Schema:
             "language": text,
             "speaker": text,
             "num_samples": pyarrow.int32(),
+            "samples_hash": pyarrow.binary(8),
         }
     )
 
@@ -95,6 +96,9 @@ class DataSet(Sequence[Utterance]):
         self.num_samples = self._index["num_samples"].to_numpy()  # int32 [N]
         if not len(self):
             raise ValueError(f"{folder} is empty.")
+        shards = [file.name for file in self.folder.glob(f"*-{SPLIT}.array_record-*-of-*")]
+        if not shards or len(shards) != int(shards[0].rpartition("-")[2]):
+            raise ValueError(f"{folder} is not whole: it has {len(shards)} shards. Prepare it again.")
 
     def __reduce__(self):
         return DataSet, (os.fspath(self.folder),)
@@ -103,7 +107,7 @@ class DataSet(Sequence[Utterance]):
         return self._index.num_rows
 
     def __getitem__(self, index: int) -> Utterance:
-        row = {name: self._index[name][index].as_py() for name in self._index.column_names}
+        row = {name: self._index[name][index].as_py() for name in Utterance.model_fields}
         return Utterance.model_construct(**row)
 
     @property
@@ -132,6 +136,9 @@ class DataSet(Sequence[Utterance]):
             if record["id"].decode() != self._index["id"][index].as_py():
                 raise ValueError(f"its id is {record['id'].decode()!r}: the index is another data set's")
         except Exception as error:  # what the readers raise depends on what is broken
+            # ArrayRecord says so of what it finds; else it is a disk or a network that fails.
+            if isinstance(error, OSError | RuntimeError) and "orrupt" not in str(error):
+                raise
             raise CorruptRecord(
                 f"{self._index['id'][index].as_py()!r} can't be read, record {index} of {self.folder}, in "
                 f"{self._shard(index)}: {error}"
@@ -140,7 +147,7 @@ class DataSet(Sequence[Utterance]):
 
     @functools.cached_property
     def fingerprint(self) -> str:
-        """A hash of the index: another one is another data set."""
+        """A hash of the index, in which there are hashes of the audio: another one is another data set."""
         digest = hashlib.blake2b(digest_size=16)
         with (self.folder / INDEX).open("rb") as file:
             while block := file.read(1 << 20):

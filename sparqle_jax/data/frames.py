@@ -23,11 +23,15 @@ class Frames:
     """The frames of a corpus's recordings, from a file that `keep_frames` made.
 
     frames: float16 [sum of T, D], one recording's after the other's, which begin and end at `ends`.
-    num_frames: from samples to frames.
+    num_frames: from samples to frames. Travels to other processes as the name of its file.
     """
 
-    def __init__(self, frames: np.ndarray, ends: np.ndarray, num_frames: Callable[[int], int]):
-        self.frames, self.ends, self.num_frames = frames, ends, num_frames
+    def __init__(self, file: Path, ends: np.ndarray, width: int, num_frames: Callable[[int], int]):
+        self.file, self.ends, self.num_frames = file, ends, num_frames
+        self.frames = np.memmap(file, np.float16, "r", shape=(int(ends[-1]), width))
+
+    def __reduce__(self):
+        return Frames, (self.file, self.ends, self.frames.shape[1], self.num_frames)
 
     def rows(self, indices: Sequence[int], num_samples: int) -> Arrays:
         """frames float16 [B, T, D] and frames_mask bool [B, T] of some recordings."""
@@ -61,7 +65,7 @@ def keep_frames(folder: Path, waveforms: Waveforms, encoder: Hubert) -> Frames:
                 _check_room(folder, 2 * width * int(ends[-1]) - out.tell())
                 _compute(out, ends, waveforms, encoder)
                 partial.replace(file)
-    return Frames(np.memmap(file, np.float16, "r", shape=(int(ends[-1]), width)), ends, num_frames)
+    return Frames(file, ends, width, num_frames)
 
 
 def _check_room(folder: Path, size: int) -> None:

@@ -6,6 +6,7 @@ input, and each host makes its own rows of it.
 
 import dataclasses
 import itertools
+import signal
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, Protocol
@@ -84,10 +85,14 @@ def batches(
         if not flags.FLAGS.is_parsed():  # Grain asks for its flags, which the main program has none of
             flags.FLAGS.mark_as_parsed()
         options = grain.MultiprocessingOptions(num_workers=workers, per_worker_buffer_size=2)
-        inputs = inputs.mp_prefetch(options)
+        inputs = inputs.mp_prefetch(options, worker_init_fn=_leave_ctrl_c_to_the_main_process)
     if device is not None:
         inputs = grain.experimental.device_put(inputs, device)
     return iter(inputs)
+
+
+def _leave_ctrl_c_to_the_main_process(worker: int, num_workers: int) -> None:
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 
 class Speech(Protocol):

@@ -111,14 +111,15 @@ class Plan:
             ]
             group = np.searchsorted(lengths, num_samples).astype(np.uint16) * len(sizes) + data_set
             counts = np.bincount(group, minlength=len(lengths) * len(sizes)).reshape(len(lengths), -1)
-            drawn = np.floor(counts * shares + 1e-9).astype(int)  # in an epoch, by bucket and data set
+            # In an epoch, by bucket and data set; of a bucket that has any, one at least.
+            drawn = np.where(counts, np.maximum(np.rint(counts * shares), 1), 0).astype(int)
             few = self._fill(drawn.sum(1))
             if few is None or len(lengths) == 1:
                 break
             del lengths[min(few, len(lengths) - 2)]
         if not sum(self._num_batches):
             raise ValueError(
-                f"the data set has {drawn.sum()} examples, fewer than a batch of "
+                f"an epoch has {drawn.sum()} examples, fewer than a batch of "
                 f"{self.buckets[-1].batch_size}: make batch_size smaller."
             )
         # Each data set's part of each bucket, in an order that stays: epochs are windows of it.
@@ -127,11 +128,9 @@ class Plan:
         parts = np.split(order, np.cumsum(counts.ravel())[:-1])
         self._parts = [parts[i : i + len(sizes)] for i in range(0, len(parts), len(sizes))]
         self._windows = drawn
-        excess = self.left_out
-        for i in np.argsort(-drawn[self._largest]):
-            part = min(excess, drawn[self._largest, i])
-            self._windows[self._largest, i] -= part
-            excess -= part
+        self._windows[self._largest] = _shares(
+            drawn[self._largest], drawn[self._largest].sum() - self.left_out
+        )
 
     @property
     def batches_per_epoch(self) -> int:
@@ -232,6 +231,14 @@ class Plan:
         first = np.flatnonzero((order[:, 0] == self._largest) & (order[:, 1] == 0))[0]
         order[[0, first]] = order[[first, 0]]
         return order
+
+
+def _shares(sizes: np.ndarray, total: int) -> np.ndarray:
+    """`total` in proportion to `sizes`, in whole numbers that are no larger than they."""
+    exact = sizes * (total / sizes.sum())
+    shares = np.floor(exact).astype(int)
+    shares[np.argsort(shares - exact, kind="stable")[: total - shares.sum()]] += 1
+    return shares
 
 
 def _window(part: np.ndarray, start: int, size: int) -> np.ndarray:

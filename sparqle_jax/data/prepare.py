@@ -109,8 +109,9 @@ def main(argv: list[str] | None = None) -> int:
     parser = _parser()
     args = parser.parse_args(argv)
     limits = Limits(args.min_seconds, args.max_seconds, args.max_rejected)
-    for name in ("apache_beam", "root", "absl"):
-        logging.getLogger(name).setLevel(logging.ERROR)
+    if not args.beam:  # on a cluster, what Beam has to say is all that there is to see
+        for name in ("apache_beam", "root", "absl"):
+            logging.getLogger(name).setLevel(logging.ERROR)
     try:
         prepare(args.folder, _source(args), limits, args.beam)
     except (ValueError, FileNotFoundError, FileExistsError) as error:

@@ -69,7 +69,7 @@ def checked(records: Iterable[Record | Rejection], languages: Iterable[str]) -> 
             continue
         translations = {code: record.translations.get(code, "").strip() for code in languages}
         lacking = [code for code, text in translations.items() if not text]
-        if not _is_utf8(record.id, record.text, record.speaker, *translations.values()):
+        if not _is_utf8(record.id, record.text, record.speaker, record.language, *translations.values()):
             yield Rejection(record.line, _printable(record.id), "text is not UTF-8")
         elif not record.text.strip():
             yield Rejection(record.line, record.id, "no text")
@@ -112,6 +112,10 @@ class LibriSpeech:
                         )
 
 
+# How Common Voice's and CoVoST's tables are written: a quotation mark is a character as any other.
+COVOST = dict(delimiter="\t", quoting=csv.QUOTE_NONE, escapechar="\\")
+
+
 @dataclasses.dataclass(frozen=True)
 class Covost2:
     """Common Voice's folder (clips/, validated.tsv), and in it CoVoST 2's covost_v2.SOURCE_TARGET.tsv."""
@@ -128,9 +132,13 @@ class Covost2:
     def records(self) -> Listed:
         folder = epath.Path(self.folder)
         file, validated = folder / f"covost_v2.{self.source}_{self.target}.tsv", folder / "validated.tsv"
-        spoken = {row["path"]: row for _, row in _rows(validated, "\t", ("path", "sentence")) if row["path"]}
+        clips = _rows(validated, ("path", "sentence"), **COVOST)
+        spoken = {row["path"]: row for _, row in clips if row["path"]}
         # As in CoVoST's own script: "train_covost" are recordings that were added to the split.
-        for line, row in _rows(file, "\t", ("path", "translation", "split")):
+        for line, row in _rows(file, ("path", "translation", "split"), **COVOST):
+            if None in row or None in row.values():
+                yield Rejection(line, _printable(row["path"] or ""), "wrong number of columns")
+                continue
             if row["split"] not in (self.split, f"{self.split}_covost"):
                 continue
             if row["path"] not in spoken:
@@ -142,7 +150,7 @@ class Covost2:
                 id=row["path"].rpartition(".")[0] or row["path"],
                 audio=str(folder / "clips" / row["path"]),
                 text=clip["sentence"] or "",
-                translations={self.target: row["translation"] or ""},
+                translations={self.target: row["translation"]},
                 language=self.source,
                 speaker=clip.get("client_id") or "",
             )
@@ -169,7 +177,7 @@ class MustC:
         files = {name: folder / "txt" / f"{self.split}.{name}" for name in ("yaml", self.source, self.target)}
         try:
             with _open_text(files["yaml"]) as file:
-                segments = yaml.load(file, getattr(yaml, "CSafeLoader", yaml.SafeLoader))
+                segments = yaml.load(file, getattr(yaml, "CSafeLoader", yaml.SafeLoader)) or []
         except yaml.YAMLError as error:
             raise ValueError(f"{files['yaml']} is no YAML: {error}") from error
         texts = {}
@@ -231,11 +239,11 @@ class Manifest:
         if file.suffix in (".jsonl", ".json"):
             yield from self._jsonl(file)
         elif file.suffix == ".csv":
-            yield from self._table(file, ",")
+            yield from self._table(file, delimiter=",")
         elif file.suffix == ".tsv":
             with _open_text(file) as lines:
                 first = next(lines, "")
-            yield from self._table(file, "\t") if "\t" in first else self._pair(file)
+            yield from self._table(file, delimiter="\t") if "\t" in first else self._pair(file)
         else:
             raise ValueError(f"{file} is no manifest: give .jsonl, .tsv or .csv.")
 
@@ -256,7 +264,7 @@ class Manifest:
                 yield self._utterance(where, fields, fields.get("translations") or {})
 
     def _table(self, file: epath.Path, delimiter: str) -> Listed:
-        for where, row in _rows(file, delimiter, ()):
+        for where, row in _rows(file, delimiter=delimiter):
             if None in row or None in row.values():
                 yield Rejection(where, "", "wrong number of columns")
                 continue
@@ -283,18 +291,21 @@ class Manifest:
             if values.get(name) in (None, ""):
                 return Rejection(where, str(fields.get("id", "")), f"no {name}")
         audio, offset, duration = values["audio"], fields.get("offset"), fields.get("duration")
-        if isinstance(audio, str):
+        if fields.get("target_lang") not in (None, values.get("language", self.language)):
+            return Rejection(where, str(fields.get("id", "")), "no transcript", "its text is a translation")
+        for name in ("speaker", "id"):
+            if isinstance(fields.get(name), int):
+                values[name] = str(fields[name])
+        if isinstance(audio, str) and "://" not in audio:
             values["audio"] = str(epath.Path(self.file).parent / audio)
         start = "" if offset is None else f"@{offset}"
         values.setdefault("language", self.language)
         length = {"declared" if offset is None else "seconds": duration}
         return _record(
             where,
-            id=fields.get("id") or f"{audio}{start}",
             translations=translations,
             offset=0.0 if offset is None else offset,
-            **values,
-            **length,
+            **{"id": fields.get("id") or f"{audio}{start}", **values, **length},
         )
 
     def _pair(self, file: epath.Path) -> Listed:
@@ -342,17 +353,21 @@ def _record(line: str, **fields: Any) -> Record | Rejection:
 
 
 def _rows(
-    file: epath.Path, delimiter: str, needed: tuple[str, ...]
+    file: epath.Path, needed: tuple[str, ...] = (), **dialect: Any
 ) -> Iterator[tuple[str, dict[str | None, Any]]]:
-    """The rows of a table with a header, and where each is. Raises ValueError for a missing column."""
+    """The rows of a table with a header, and where each is. Raises ValueError for a missing column, and for a
+    quotation mark that is not closed."""
     with _open_text(file) as lines:
-        # In Common Voice's and CoVoST's tables a quotation mark is a character as any other.
-        quoting = csv.QUOTE_NONE if delimiter == "\t" else csv.QUOTE_MINIMAL
-        reader = csv.DictReader(lines, delimiter=delimiter, quoting=quoting)
-        if lacking := set(needed) - set(reader.fieldnames or ()):
-            raise ValueError(f"{file} has no columns {sorted(lacking)}; it has {reader.fieldnames}.")
-        for row in reader:
-            yield f"{file.name}:{reader.line_num}", row
+        reader = csv.DictReader(lines, strict=True, **dialect)
+        try:
+            if lacking := set(needed) - set(reader.fieldnames or ()):
+                raise ValueError(f"{file} has no columns {sorted(lacking)}; it has {reader.fieldnames}.")
+            for row in reader:
+                yield f"{file.name}:{reader.line_num}", row
+        except csv.Error as error:
+            raise ValueError(
+                f"{file} is not a table, at or before line {reader.reader.line_num}: {error}."
+            ) from error
 
 
 @contextmanager
