@@ -117,8 +117,8 @@ COVOST = dict(delimiter="\t", quoting=csv.QUOTE_NONE, escapechar="\\")
 
 
 @dataclasses.dataclass(frozen=True)
-class Covost2:
-    """Common Voice's folder (clips/, validated.tsv), and in it CoVoST 2's covost_v2.SOURCE_TARGET.tsv."""
+class Translated:
+    """A folder of speech in language `source` with translations into `target`."""
 
     folder: str
     source: str
@@ -128,6 +128,10 @@ class Covost2:
     @property
     def languages(self) -> tuple[str, ...]:
         return (self.target,)
+
+
+class Covost2(Translated):
+    """Common Voice's folder (clips/, validated.tsv), and in it CoVoST 2's covost_v2.SOURCE_TARGET.tsv."""
 
     def records(self) -> Listed:
         folder = epath.Path(self.folder)
@@ -156,18 +160,8 @@ class Covost2:
             )
 
 
-@dataclasses.dataclass(frozen=True)
-class MustC:
+class MustC(Translated):
     """MuST-C's folder of a language pair, en-de: data/SPLIT/wav, data/SPLIT/txt/SPLIT.yaml, .en and .de."""
-
-    folder: str
-    source: str
-    target: str
-    split: str
-
-    @property
-    def languages(self) -> tuple[str, ...]:
-        return (self.target,)
 
     def records(self) -> Listed:
         # Here, because only preparing MuST-C needs it.
