@@ -18,7 +18,6 @@ from etils import epath
 from sparqle_jax.compat import Compat, check_compat
 
 SAMPLE_RATE = 16_000
-FRAME_SECONDS = 0.02  # a frame of HuBERT: 320 samples
 CUT_TOLERANCE = 0.15  # seconds by which the headers of mp3 files may be wrong
 
 

@@ -109,7 +109,7 @@ def test_instruction_examples_ask_and_answer_in_one_language(corpus, tokenizer):
             assert prompter.decode(answer) == (utterance.translations["de"] if german else utterance.text)
             assert answer[-1] == prompter.end_id
             waveform = arrays["waveform"][row][arrays["waveform_mask"][row]]
-            expected = audio.FeatureExtractor()(corpus.waveform(index))
+            expected = audio.FeatureExtractor()(corpus.samples(index) / 32768)
             np.testing.assert_allclose(waveform, expected, atol=1e-6)
     assert seen == {True, False}
 
@@ -209,7 +209,7 @@ def test_a_corrupt_record_is_skipped_and_counted_when_told_to(corrupt, corpus, t
     bad = set()
     for i in range(24):
         try:
-            corrupt.waveform(i)
+            corrupt.samples(i)
         except ValueError:
             bad.add(i)
     assert 0 < len(bad) < 6

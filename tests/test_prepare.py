@@ -491,8 +491,8 @@ def test_a_corpus_is_its_data_sets_one_after_the_other(small_world):
     for index, (number, place) in {0: (0, 0), 23: (0, 23), 24: (1, 0), 31: (1, 7), 39: (2, 7)}.items():
         assert corpus.locate(index) == (number, place)
         assert corpus[index] == sets[number][place]
-        np.testing.assert_array_equal(corpus.waveform(index), sets[number].waveform(place))
-        assert corpus.num_samples[index] == len(corpus.waveform(index))
+        np.testing.assert_array_equal(corpus.samples(index), sets[number].samples(place))
+        assert corpus.num_samples[index] == len(corpus.samples(index))
 
 
 def test_a_broken_index_or_record_is_named(small_world, tmp_path):

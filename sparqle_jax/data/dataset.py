@@ -188,11 +188,6 @@ class Corpus(Sequence[Utterance]):
         number, index = self.locate(index)
         return self.data_sets[number][index]
 
-    def waveform(self, index: int) -> np.ndarray:
-        """As `DataSet.waveform`."""
-        number, index = self.locate(index)
-        return self.data_sets[number].waveform(index)
-
     def samples(self, index: int) -> np.ndarray:
         """As `DataSet.samples`."""
         number, index = self.locate(index)
