@@ -9,19 +9,19 @@ import glob
 import hashlib
 import itertools
 import json
+import logging
 import os
 import shlex
 import tempfile
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
+from types import ModuleType
 
-import apache_beam as beam
 import numpy as np
 import pyarrow
 import tensorflow_datasets as tfds
 import tqdm
-from apache_beam.options.pipeline_options import PipelineOptions
 from array_record.python.array_record_module import ArrayRecordWriter
 from etils import epath
 from tensorflow_datasets.core import example_serializer
@@ -193,6 +193,7 @@ class SpeechBuilder(FileReaderBuilder):
             self.languages,
             self.limits,
         )
+        beam = _import_beam()
         with _progress(folder, shards):
             pipeline = beam.Pipeline(runner=download_config.beam_runner, options=download_config.beam_options)
             _ = pipeline | beam.Create(shards) | beam.Reshuffle() | beam.Map(write)
@@ -293,6 +294,16 @@ def _progress(folder: epath.Path, shards: list[Shard]) -> Iterator[None]:
         thread.join()
 
 
+def _import_beam() -> ModuleType:
+    """Beam, when it is needed: it takes a second, and complains of Google's libraries if not there."""
+    logging.disable(logging.WARNING)
+    try:
+        import apache_beam
+    finally:
+        logging.disable(logging.NOTSET)
+    return apache_beam
+
+
 def prepare(folder: str | os.PathLike, source: Source, limits: Limits, beam_options: str = "") -> None:
     """Makes a data set. beam_options: "runner=DataflowRunner ..."; none runs it on all cores here.
 
@@ -309,7 +320,8 @@ def prepare(folder: str | os.PathLike, source: Source, limits: Limits, beam_opti
         options = ["runner=DirectRunner", "direct_running_mode=multi_processing"]
         options += [f"direct_num_workers={os.cpu_count()}", "default_sdk_harness_log_level=ERROR"]
     arguments = [f"--{option.removeprefix('--')}" for option in options]
-    config = tfds.download.DownloadConfig(beam_options=PipelineOptions(arguments))
+    pipeline_options = _import_beam().options.pipeline_options.PipelineOptions(arguments)
+    config = tfds.download.DownloadConfig(beam_options=pipeline_options)
     builder = SpeechBuilder(folder, source, limits)
     with tempfile.TemporaryDirectory() as empty:  # TFDS wants one, even if nothing is downloaded
         builder.download_and_prepare(download_dir=empty, download_config=config)

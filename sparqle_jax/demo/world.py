@@ -62,7 +62,9 @@ def make_data_set(
         results = pool.imap(_speak, tasks, chunksize=32)
         for line in tqdm.tqdm(results, f"speech: {folder.name}", len(tasks), unit="utterance"):
             lines.write(json.dumps(line, ensure_ascii=False) + "\n")
-    prepare(partial, Manifest(str(manifest)), Limits(max_seconds=MAX_SECONDS, max_rejected=0))
+    limits = Limits(max_seconds=MAX_SECONDS, max_rejected=0)
+    # A test set is so small that starting processes for it would take longer.
+    prepare(partial, Manifest(str(manifest)), limits, "runner=DirectRunner" if test else "")
     (partial / "world.json").write_text(json.dumps(made_with) + "\n")
     partial.rename(folder)
     shutil.rmtree(recordings)
