@@ -16,7 +16,7 @@ def get_config() -> Config:
             train="data/tiny/train",
             test={"heard": "data/tiny/heard", "unheard": "data/tiny/unheard"},
             max_seconds=3.0,
-            buckets=1,  # each would be compiled, for a minute
+            buckets=1,  # each would be compiled, and the demo takes minutes
             frames=Path("data/tiny/frames"),
         ),
         adapter=AdapterConfig(

@@ -250,7 +250,7 @@ class _Log:
         self._begin()
 
     def _begin(self) -> None:
-        self.began, self.steps, self.samples, self.padded = time.monotonic(), 0, 0, 0
+        self.began, self.samples, self.padded = time.monotonic(), 0, 0
 
     def __enter__(self) -> "_Log":
         return self
@@ -261,7 +261,6 @@ class _Log:
 
     def advance(self, padded: int, num_samples: np.ndarray, skipped: jax.Array) -> None:
         """Counts a step: samples of its batch with padding, of each recording, and records skipped."""
-        self.steps += 1
         self.samples += int(num_samples.sum())
         self.padded += padded
         self.skipped = self.skipped + skipped
