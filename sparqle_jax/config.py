@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import pydantic
+from etils import epath
 
 from sparqle_jax.adapters.qformer import QFormerConfig
 
@@ -23,17 +24,25 @@ Share = Annotated[float, pydantic.Field(ge=0, lt=1)]
 Tasks = Annotated[dict[str, Annotated[float, pydantic.Field(gt=0)]], pydantic.Field(min_length=1)]
 
 
+# Local or on gs://.
+Folder = Annotated[
+    Any, pydantic.BeforeValidator(lambda folder: epath.Path(folder)), pydantic.PlainSerializer(str)
+]
+
+
 class Model(pydantic.BaseModel, frozen=True, extra="forbid", strict=True):
     """Base of all parts: what is not listed is an error, and so is "1" or true for 1."""
 
 
 class OptimConfig(Model):
-    """AdamW with weight decay on matrices; after a linear warm-up a cosine down to `final_lr` * lr.
+    """AdamW with weight decay on matrices; after a linear warm-up a cosine or a line down to `final_lr` * lr,
+    or lr throughout.
 
     A run of no more than `warmup_steps` steps has its warm-up on all but its last.
     """
 
     lr: Annotated[float, pydantic.Field(gt=0)] = 1e-4
+    schedule: Literal["cosine", "linear", "constant"] = "cosine"
     warmup_steps: Annotated[int, pydantic.Field(ge=0)] = 1000
     final_lr: Annotated[float, pydantic.Field(ge=0, le=1)] = 0.01
     b1: Share = 0.9
@@ -42,16 +51,39 @@ class OptimConfig(Model):
     clip_norm: Annotated[float, pydantic.Field(gt=0)] = 1.0
 
 
+class MeshConfig(Model):
+    """Sizes of the mesh of devices; -1 is what is left. data, fsdp: over both, the examples of a batch are
+    split; over fsdp, every parameter as well, gathered when it is used. model: the heads and the feed-forward
+    of each layer."""
+
+    data: int = -1
+    fsdp: int = 1
+    model: int = 1
+
+
 class StageConfig(Model):
-    """One stage. batch_size: examples in a batch of the longest recordings; of shorter ones there are more,
-    for about the same seconds. save_every: steps between checkpoints, of which the last two are kept."""
+    """One stage. batch_size: examples in a batch of the longest recordings, on all devices together; of
+    shorter ones there are more, for about the same seconds. save_every: steps between checkpoints; the last
+    `keep` are kept. test_every: steps, a multiple of save_every, between looks at the loss on data.test; the
+    checkpoint with the lowest is kept as well."""
 
     steps: Positive
     batch_size: Positive
     optim: OptimConfig = OptimConfig()
     save_every: Positive = 1000
+    keep: Positive = 2
     log_every: Positive = 10
+    test_every: Positive | None = None
     evaluate: bool = True  # on data.test, when the stage ends
+
+    @pydantic.model_validator(mode="after")
+    def _tests_are_saved(self) -> "StageConfig":
+        if self.test_every is not None and self.test_every % self.save_every:
+            raise ValueError(
+                f"test_every={self.test_every} is not a multiple of save_every={self.save_every}: of those "
+                "that are saved, the best is kept"
+            )
+        return self
 
 
 class Stage1Config(StageConfig):
@@ -65,9 +97,17 @@ class Stage1Config(StageConfig):
 
 
 class Stage2Config(StageConfig):
-    """The adapter learns to speak to the frozen LLM."""
+    """The adapter learns to speak to the frozen LLM.
+
+    accumulate: into how many parts a batch is cut that are computed one after the other, for their sum; the
+    memory is that of one. Only here: the losses of stage 1 compare all examples of a batch. remat: what the
+    LLM's backward pass computes again instead of keeping: nothing (null), all but matrix products ("dots"),
+    or everything ("full").
+    """
 
     tasks: Tasks = {"transcribe": 1.0}
+    accumulate: Positive = 1
+    remat: Literal["dots", "full"] | None = None
 
 
 class AdapterConfig(Model):
@@ -111,7 +151,7 @@ class DataConfig(Model):
 
     max_seconds: a longer recording is an error. buckets: the lengths to which recordings are padded, in
     seconds, or how many, to be chosen from the training data; each is compiled. batch_multiple: every batch
-    size is a multiple of it, and the number of hosts and devices that share a batch must divide it.
+    size is a multiple of it; mesh.data * mesh.fsdp (times stage2.accumulate) must divide it.
     max_text_tokens: to which texts are padded; None counts the tokens of all before the first step. workers:
     processes of each host that read; 0 reads in threads. skip_corrupt: a record that can't be read is
     counted and replaced by another of its batch, and not an error.
@@ -147,13 +187,15 @@ class DataConfig(Model):
 
 
 class Config(Model):
-    """A run. run: its folder. encoder, llm: folders of the frozen towers. A stage that is None is left out.
+    """A run. run: its folder, which all hosts must reach. encoder, llm: folders of the frozen towers. A stage
+    that is None is left out.
 
     test_languages: into which to translate when evaluating; the adapter need not have been trained for them.
     max_new_tokens: of an answer, when evaluating and in the model folder that stage 2 leaves.
     """
 
-    run: Path
+    run: Folder
+    mesh: MeshConfig = MeshConfig()
     encoder: Path
     llm: Path
     data: DataConfig
@@ -169,6 +211,8 @@ class Config(Model):
     def _whole(self) -> "Config":
         if self.stage1 is None and self.stage2 is None:
             raise ValueError("neither stage1 nor stage2 is there: nothing would be trained")
+        if self.data.test == {} and any(s and s.test_every for s in (self.stage1, self.stage2)):
+            raise ValueError("test_every needs data.test, which is empty")
         if self.stage1 is not None and self.adapter.tokenizer is None:
             raise ValueError("stage 1 needs adapter.tokenizer, the tokenizer of the adapter's text half")
         return self

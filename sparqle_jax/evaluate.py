@@ -14,6 +14,7 @@ import numpy as np
 import sacrebleu
 import tqdm
 
+from sparqle_jax import hosts
 from sparqle_jax.data.dataset import DataSet
 from sparqle_jax.data.pipeline import TRANSCRIBE, answer_of, check_tasks
 from sparqle_jax.transcribe import MINIATURE, Listener
@@ -39,7 +40,10 @@ def evaluate(
     references = {task: [answer_of(utterance, task) for utterance in utterances] for task in tasks}
     answers: dict[str, list[str]] = {task: [] for task in tasks}
     progress = tqdm.tqdm(
-        total=len(utterances) * len(tasks), desc="evaluate" + " from text" * from_text, unit="answer"
+        total=len(utterances) * len(tasks),
+        desc="evaluate" + " from text" * from_text,
+        unit="answer",
+        disable=not hosts.is_first(),
     )
     batch_size = min(BATCH_SIZE, len(utterances))
     for start in range(0, len(utterances), batch_size):

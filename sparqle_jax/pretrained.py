@@ -20,12 +20,14 @@ import jax
 import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
+from etils import epath
 from flax import nnx
 from jax.sharding import Mesh, SingleDeviceSharding
 from jax.typing import DTypeLike
 from safetensors import SafetensorError, safe_open
-from safetensors.numpy import save_file
+from safetensors.numpy import save, save_file
 
+from sparqle_jax import hosts
 from sparqle_jax.adapters.qformer import QFormer, QFormerConfig
 from sparqle_jax.compat import Compat
 from sparqle_jax.encoders.hubert import Hubert, HubertConfig
@@ -820,13 +822,14 @@ def _part(tensors: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
 def export(state: nnx.State, table: Table) -> dict[str, np.ndarray]:
     """Parameters (or their gradients) under the checkpoint's names and in its shapes: the table backwards.
 
-    Parameters outside the table are left out; copies that the checkpoint keeps are written too.
+    Parameters outside the table are left out; copies that the checkpoint keeps are written too. All hosts
+    call this together, and get all.
     """
     values = {path: variable.get_value() for path, variable in nnx.to_flat_state(state)}
     tensors = {}
+    whole = functools.lru_cache(maxsize=1)(lambda path: hosts.whole(values[path]))  # for all layers in it
     for entry in _expand(table, {path: value.shape for path, value in values.items()}):
-        value = values[entry.path] if entry.layer is None else values[entry.path][entry.layer]
-        value = np.asarray(value)
+        value = whole(entry.path) if entry.layer is None else whole(entry.path)[entry.layer]
         if entry.axes is not None:
             value = value.transpose(np.argsort(entry.axes))
         tensors[entry.spellings[0]] = value.copy(order="C")  # savers write memory as it lies
@@ -834,18 +837,21 @@ def export(state: nnx.State, table: Table) -> dict[str, np.ndarray]:
     return tensors | copies
 
 
-def save_published(model: SparQLe | Aligner, file: str | Path) -> None:
+def save_published(model: SparQLe | Aligner, file: str | epath.Path) -> None:
     """Saves what trains under the published names: `.safetensors`, or `.pt` as the PyTorch code loads it.
 
-    The Q-Former's configuration goes with it. Raises ValueError for another ending.
+    The Q-Former's configuration goes with it. Of several hosts, which call this together, the first writes.
+    Raises ValueError for another ending.
     """
-    file, config = Path(file), model.adapter.config
+    file, config = epath.Path(file), model.adapter.config
     tensors = export(nnx.state(model), ALIGNER if isinstance(model, Aligner) else SPARQLE)
     # A buffer that PyTorch looks for.
     tensors["Qformer.bert.embeddings.position_ids"] = np.arange(config.max_position_embeddings)[None]
     metadata = {"qformer": json.dumps(dataclasses.asdict(config))}
+    if not hosts.is_first():
+        return
     if file.suffix == ".safetensors":
-        save_file(tensors, file, metadata)
+        file.write_bytes(save(tensors, metadata))
     elif file.suffix == ".pt":
         import torch
 

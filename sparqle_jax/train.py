@@ -1,22 +1,28 @@
 """Trains a model: stage 1, stage 2, or one after the other.
 
     python -m sparqle_jax.train configs/tiny.py --set stage2.optim.lr=1e-4
+    python -m sparqle_jax.train configs/sparqle.py --set run=gs://bucket/run --distributed   # on every host
 
 Everything goes into the folder `run` of the configuration: the configuration itself (config.json), and for
 each stage its checkpoints, metrics.jsonl, TensorBoard's files, at its end its scores (results.json) and what
 was trained (adapter.safetensors; after stage 2 a model folder for `transcribe` and `evaluate`). The same
 command again goes on from the last checkpoint; it ends with the numbers of a run that was never stopped.
+
+Exit status: 0 done; 130 stopped by Ctrl-C and 143 by SIGTERM, with a checkpoint; 2 a mistake in the
+configuration; 3 training can't go on: the numbers, the data or the disk are at fault, not the machine.
 """
 
 import argparse
 import dataclasses
 import functools
 import json
-import math
+import re
 import signal
 import sys
+import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections import deque
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -26,19 +32,22 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import tqdm
+from etils import epath
 from flax import nnx
-from orbax.checkpoint import v1 as ocp
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from tensorboardX import SummaryWriter
 
-from sparqle_jax import audio, pretrained, prompts
+from sparqle_jax import audio, flops, hosts, pretrained, prompts
 from sparqle_jax.adapters.qformer import QFormer, QFormerConfig
-from sparqle_jax.config import Config, OptimConfig, Stage1Config, Stage2Config, StageConfig, read_config
+from sparqle_jax.checkpoint import CheckpointError, Checkpoints, differences, fingerprint
+from sparqle_jax.chips import chip_of
+from sparqle_jax.config import Config, OptimConfig, StageConfig, read_config
 from sparqle_jax.data.dataset import Corpus, CorruptRecord, DataSet
 from sparqle_jax.data.frames import keep_frames
 from sparqle_jax.data.pipeline import (
     SKIPPED,
+    TRANSCRIBE,
     AlignmentExamples,
-    Arrays,
     Examples,
     InstructionExamples,
     Waveforms,
@@ -50,9 +59,24 @@ from sparqle_jax.encoders.hubert import Hubert
 from sparqle_jax.evaluate import evaluate, table
 from sparqle_jax.llms.decoder import Decoder
 from sparqle_jax.model import Aligner, AlignmentHeads, SparQLe, make_projection, partition
+from sparqle_jax.sharding import (
+    MESH_AXES,
+    batch_parts,
+    batch_sharding,
+    like_parameters,
+    make_mesh,
+    replicated,
+    state_sharding,
+)
 from sparqle_jax.transcribe import Listener, ModelSettings, save_model
 
-DATA_HASHES = "data.json"  # in the run's folder: of the data sets that it is trained on
+IDENTITY = "identity.json"  # in the run's folder: what must be the same when it goes on
+# Keys of the configuration that may be others when a run goes on; of folders, their contents are compared.
+FREE = (
+    r"run|mesh\..*|encoder|llm|data\.workers|data\.frames|data\.test\..*|data\.train\..*\.folder"
+    r"|stage\d\.(save_every|keep|log_every)"
+)
+FAILED = 3  # the exit status when it is no use to try again
 
 
 @functools.partial(
@@ -67,18 +91,34 @@ class TrainState:
     optimizer: optax.OptState
 
 
-STOPPED = 130  # the exit status after Ctrl-C or SIGTERM: the same command goes on
-
-
 class Stopped(Exception):
-    """Training was asked to stop, and has saved a checkpoint."""
+    """Training was asked to stop, by a signal of this number, and has saved a checkpoint."""
+
+    def __init__(self, text: str, number: int):
+        super().__init__(text)
+        self.status = 128 + number
+
+
+@dataclasses.dataclass
+class Stage:
+    """What a stage is trained and tested on. tests: by name, examples and the plan of their batches."""
+
+    name: str
+    config: StageConfig
+    examples: AlignmentExamples | InstructionExamples
+    plan: Plan
+    tests: dict[str, tuple[Examples, Plan]]
 
 
 def make_optimizer(config: OptimConfig, steps: int) -> tuple[optax.GradientTransformation, optax.Schedule]:
     """AdamW as the configuration says, and its learning rate by step."""
-    schedule = optax.warmup_cosine_decay_schedule(
-        0.0, config.lr, min(config.warmup_steps, steps - 1), steps, config.final_lr * config.lr
-    )
+    warmup = min(config.warmup_steps, steps - 1)
+    falling = {
+        "cosine": optax.cosine_decay_schedule(config.lr, steps - warmup, config.final_lr),
+        "linear": optax.linear_schedule(config.lr, config.final_lr * config.lr, steps - warmup),
+        "constant": optax.constant_schedule(config.lr),
+    }[config.schedule]
+    schedule = optax.join_schedules([optax.linear_schedule(0.0, config.lr, warmup), falling], [warmup])
 
     def is_matrix(trained: nnx.State) -> nnx.State:
         return nnx.map_state(lambda path, variable: variable.replace(path[-1] == "kernel"), trained)
@@ -90,216 +130,420 @@ def make_optimizer(config: OptimConfig, steps: int) -> tuple[optax.GradientTrans
     return optimizer, schedule
 
 
-def make_update(graph: nnx.GraphDef, optimizer: optax.GradientTransformation) -> Callable:
-    """One step: (TrainState, frozen, batch, key) -> (TrainState, metrics). The TrainState is donated."""
+def state_shardings(trained: nnx.State, optimizer: optax.GradientTransformation, mesh: Mesh) -> TrainState:
+    """Where each array of the TrainState of these (possibly abstract) parameters lies."""
+    parameters = state_sharding(trained, mesh)
+    moments = jax.eval_shape(optimizer.init, trained)
+    return TrainState(replicated(mesh), parameters, like_parameters(moments, trained, parameters, mesh))
 
-    def update(state: TrainState, frozen: nnx.State, batch: dict, key: jax.Array):
+
+def make_update(
+    graph: nnx.GraphDef,
+    optimizer: optax.GradientTransformation,
+    shardings: TrainState | None = None,
+    *,
+    accumulate: int = 1,
+) -> Callable:
+    """One step: (TrainState, frozen, batch, control) -> (TrainState, metrics). The TrainState is donated.
+
+    control: seed uint32, the run's; step int32, the number of steps done before this one; signal int32 [...],
+    which any host may set, and all get in the metrics. A step whose loss or gradient is not finite changes
+    nothing, nor does any step after it: metrics["finite"] tells.
+    shardings: of the TrainState; compile it within `jax.set_mesh` then. accumulate: see Stage2Config.
+    """
+
+    def gradients_of(trained: nnx.State, frozen: nnx.State, batch: dict, key: jax.Array):
         def loss_of(trained: nnx.State):
-            return nnx.merge(graph, trained, frozen).loss(batch, jax.random.fold_in(key, state.step))
+            return nnx.merge(graph, trained, frozen).loss(batch, key)
 
-        (loss, parts), gradients = jax.value_and_grad(loss_of, has_aux=True)(state.trained)
-        updates, optimizer_state = optimizer.update(gradients, state.optimizer, state.trained)
-        trained = optax.apply_updates(state.trained, updates)
-        metrics = {"loss": loss, **parts, "gradient_norm": optax.tree.norm(gradients)}
-        return TrainState(state.step + 1, trained, optimizer_state), metrics
+        return jax.value_and_grad(loss_of, has_aux=True)(trained)
 
-    return jax.jit(update, donate_argnums=0)
+    def accumulated(trained: nnx.State, frozen: nnx.State, batch: dict, key: jax.Array):
+        total = batch["answer_mask"].sum()
+
+        def add(carry, part):
+            number, batch = part
+            (loss, parts), gradients = gradients_of(trained, frozen, batch, jax.random.fold_in(key, number))
+            share = parts["tokens"] / jnp.maximum(total, 1)  # the mean is over the tokens of all parts
+            return jax.tree.map(lambda sum, x: sum + share * x, carry, (loss, gradients)), None
+
+        # Each part has an equal share of the examples of every device.
+        cut = jax.tree.map(lambda x: x.reshape(-1, accumulate, *x.shape[1:]).swapaxes(0, 1), batch)
+        zeros = jax.tree.map(jnp.zeros_like, (jnp.float32(0), trained))
+        (loss, gradients), _ = jax.lax.scan(add, zeros, (jnp.arange(accumulate), cut))
+        return (loss, {"tokens": total}), gradients
+
+    def update(state: TrainState, frozen: nnx.State, batch: dict, control: dict):
+        batch = dict(batch)
+        skipped = batch.pop(SKIPPED)
+        key = jax.random.fold_in(jax.random.key(control["seed"]), state.step)
+        compute = gradients_of if accumulate == 1 else accumulated
+        (loss, parts), gradients = compute(state.trained, frozen, batch, key)
+        norm = optax.tree.norm(gradients)
+        with jax.named_scope("optimizer"):
+            updates, optimizer_state = optimizer.update(gradients, state.optimizer, state.trained)
+            trained = optax.apply_updates(state.trained, updates)
+        finite = jnp.isfinite(loss) & jnp.isfinite(norm) & (state.step == control["step"])
+        new = TrainState(state.step + 1, trained, optimizer_state)
+        new = jax.tree.map(lambda new, old: jnp.where(finite, new, old), new, state)
+        metrics = {"loss": loss, **parts, "gradient_norm": norm, "skipped": skipped.sum()}
+        return new, metrics | {"finite": finite, "signal": control["signal"].max()}
+
+    if shardings is None:
+        return jax.jit(update, donate_argnums=0)
+    everywhere = NamedSharding(shardings.step.mesh, PartitionSpec())
+    return jax.jit(update, donate_argnums=0, out_shardings=(shardings, everywhere))
 
 
 def train(
     model: nnx.Module,
-    examples: Examples,
-    plan: Plan,
-    config: StageConfig,
-    folder: Path,
+    stage: Stage,
+    folder: epath.Path,
+    mesh: Mesh,
     *,
     seed: int,
-    workers: int,
+    identity: dict[str, Any],
+    workers: int = 0,
+    profile: int = 0,
 ) -> nnx.Module:
-    """The model after `config.steps` steps, from the last checkpoint in `folder` if there is one.
+    """The model after `stage.config.steps` steps, from the last checkpoint in `folder` if there is one.
 
-    The model given can't be used any more. Raises Stopped after Ctrl-C or SIGTERM, when it has saved a
-    checkpoint, FloatingPointError for a loss or gradient that is not finite (no such step is saved), and
-    CorruptRecord.
+    The model given can't be used any more. identity: of the run (see `Checkpoints`). profile: how many steps
+    to trace for xprof, from the third on. All hosts call this together.
+    Raises Stopped after Ctrl-C or SIGTERM on any host, when a checkpoint is saved; FloatingPointError for a
+    loss or gradient that is not finite, when the state before that step is saved; CheckpointError and
+    CorruptRecord; ValueError for a checkpoint of another run.
     """
+    config, plan = stage.config, stage.plan
     graph, trained, frozen = partition(model)
     optimizer, schedule = make_optimizer(config.optim, config.steps)
-    state = TrainState(jnp.int32(0), trained, optimizer.init(trained))
-    key = jax.random.key(seed)
-    keep = ocp.training.preservation_policies.LatestN(2)
-    with ocp.training.Checkpointer(
-        folder.resolve() / "checkpoints", preservation_policy=keep
-    ) as checkpointer:
-        if checkpointer.latest is not None:
-            state = checkpointer.load(abstract_state=jax.tree.map(_abstract, state))
+    shardings = state_shardings(trained, optimizer, mesh)
+    trained = jax.device_put(trained, shardings.trained)
+    frozen = jax.device_put(frozen, state_sharding(frozen, mesh))
+    moments = jax.jit(optimizer.init, out_shardings=shardings.optimizer)(trained)
+    state = TrainState(jax.device_put(jnp.int32(0), shardings.step), trained, moments)
+    with Checkpoints(folder / "checkpoints", identity, keep=config.keep) as checkpoints:
+        restored = checkpoints.restore(state)
+        state = state if restored is None else restored
         start = int(state.step)
         if start == config.steps:
             return nnx.merge(graph, state.trained, frozen)
-        updates = _compile(make_update(graph, optimizer), state, frozen, key, examples, plan, folder.name)
+        update = make_update(graph, optimizer, shardings, accumulate=getattr(config, "accumulate", 1))
+        programs = _compile(update, state, frozen, stage, mesh)
+        tester = Tester(graph, stage.tests, mesh)
         inputs = batches(
-            examples,
+            stage.examples,
             plan,
             seed=seed,
             start=start,
             stop=config.steps,
             workers=workers,
-            device=jax.devices()[0],
+            sharding=batch_sharding(mesh),
         )
-        with _stop_requested() as stop_requested, _Log(folder, start, config.steps) as log:
+        running: deque[tuple[int, Any]] = deque()  # steps that the devices may still be at
+        with _signals() as signalled, _Log(folder, stage, schedule, programs, start) as log:
+
+            def settle(leave: int) -> int:
+                """Waits for all steps but the last few, and returns the signal that came with them."""
+                came = 0
+                while len(running) > leave:
+                    step, metrics = running.popleft()
+                    values = {name: float(value) for name, value in jax.device_get(metrics).items()}
+                    came = max(came, int(values.pop("signal")))
+                    if not values.pop("finite"):
+                        checkpoints.save(step - 1, state)
+                        raise FloatingPointError(_explain(step, values, stage, folder))
+                    log.finished(step, values)
+                return came
+
             for step in range(start + 1, config.steps + 1):
-                batch, planned = next(inputs), plan.batch(step - 1)
-                skipped = batch.pop(SKIPPED)
-                state, metrics = updates[planned.bucket](state, frozen, batch, key)
-                log.advance(
-                    planned.indices.size * planned.num_samples, plan.num_samples[planned.indices], skipped
+                with log.waiting():
+                    batch = next(inputs)
+                if profile and step == start + 3 and hosts.is_first():
+                    jax.profiler.start_trace(str(folder / "profile"))
+                program, control = (
+                    programs[plan.batch(step - 1).bucket],
+                    _control(mesh, seed, step, signalled()),
                 )
-                last, stop = step == config.steps, stop_requested()
-                write, save = step % config.log_every == 0, step % config.save_every == 0
-                if write or save or last or stop:
-                    values = {name: float(value) for name, value in metrics.items()}
-                    _check_finite(step, values)
-                if write or last:
-                    log.write(step, values, float(schedule(step - 1)))
-                if save or last or stop:
-                    checkpointer.save(step, state)
-                if stop:
-                    raise Stopped(f"{folder.name} stopped at step {step} of {config.steps}")
+                state, metrics = program.run(state, frozen, batch, control)
+                running.append((step, metrics))
+                save = step % config.save_every == 0 or step == config.steps
+                # While a step runs the next one waits on the device, and no more: a signal is known soon.
+                came = settle(0 if save else 1)
+                if profile and step == min(start + 2 + profile, config.steps) and hosts.is_first():
+                    settle(0)
+                    jax.profiler.stop_trace()
+                if save or came:
+                    came = max(came, settle(0))
+                    tested = None
+                    if config.test_every and step % config.test_every == 0:
+                        losses = tester(state.trained, frozen)
+                        tested = log.tested(step, losses)
+                    checkpoints.save(step, state, tested)
+                if came:
+                    raise Stopped(f"{stage.name} stopped at step {step} of {config.steps}", came)
     return nnx.merge(graph, state.trained, frozen)
 
 
+@dataclasses.dataclass(frozen=True)
+class Program:
+    """A step for the batches of one bucket, compiled; and the model's floating-point operations in it."""
+
+    run: Callable
+    model_flops: int
+
+
 def _compile(
-    update: Callable,
-    state: TrainState,
-    frozen: nnx.State,
-    key: jax.Array,
-    examples: Examples,
-    plan: Plan,
-    name: str,
-) -> list[Callable]:
-    """The update for the batches of each bucket. Compiled ahead, so that a batch of another shape is an
-    error, and not another minute of compiling; the longest first, so that what does not fit is known soon."""
+    update: Callable, state: TrainState, frozen: nnx.State, stage: Stage, mesh: Mesh
+) -> list[Program]:
+    """A program for each bucket. Compiled ahead, so that a batch of another shape is an error, and not
+    another minute of compiling; the longest first, so that what does not fit is known soon."""
     began, programs = time.monotonic(), {}
-    for batch in reversed(plan.one_of_each()):
+    for batch in reversed(stage.plan.one_of_each()):
         seconds = batch.num_samples / audio.SAMPLE_RATE
-        print(
-            f"{name}: compiling a step of {len(batch.indices)} recordings of up to {seconds:.2f} s for "
-            f"{jax.devices()[0].device_kind} ...",
-            flush=True,
+        hosts.say(
+            f"{stage.name}: compiling a step of {len(batch.indices)} recordings of up to {seconds:.2f} s for "
+            f"{mesh.size} x {mesh.devices.flat[0].device_kind} ..."
         )
-        programs[batch.bucket] = update.lower(state, frozen, _arrays(examples, batch), key).compile()
-    print(f"{name}: compiled in {time.monotonic() - began:.0f} s", flush=True)
+        arrays = _abstract_batch(stage.examples, batch, mesh)
+        with jax.set_mesh(mesh):
+            traced = update.trace(state, frozen, arrays, _control(mesh, 0, 1, 0))
+            programs[batch.bucket] = Program(traced.lower().compile(), flops.count(traced.jaxpr).model)
+    hosts.say(f"{stage.name}: compiled in {time.monotonic() - began:.0f} s")
     return [programs[bucket] for bucket in sorted(programs)]
 
 
-def _arrays(examples: Examples, batch: Batch) -> Arrays:
-    arrays = examples.rows(batch, range(len(batch.indices)), 0)
-    del arrays[SKIPPED]
-    return arrays
+def _abstract_batch(examples: Examples, batch: Batch, mesh: Mesh) -> dict[str, jax.ShapeDtypeStruct]:
+    """Shapes of a whole batch, found by reading one of its recordings."""
+    size = len(batch.indices)
+    return {
+        name: jax.ShapeDtypeStruct((size, *rows.shape[1:]), rows.dtype, sharding=batch_sharding(mesh))
+        for name, rows in examples.rows(batch, [0], 0).items()
+    }
 
 
-def _check_finite(step: int, metrics: dict[str, float]) -> None:
-    for name in ("loss", "gradient_norm"):
-        if not math.isfinite(metrics[name]):
-            raise FloatingPointError(
-                f"the {name} of step {step} is {metrics[name]}. Begin again in another folder (--set run=) "
-                "with a smaller learning rate (optim.lr) or a longer warm-up (optim.warmup_steps)."
-            )
+def _control(mesh: Mesh, seed: int, step: int, number: int) -> dict[str, Any]:
+    """What a step is told besides its batch (see `make_update`): `number` is this host's signal, or 0."""
+    sharding = NamedSharding(mesh, PartitionSpec(MESH_AXES))
+    signals = jax.make_array_from_callback((mesh.size,), sharding, lambda _: np.array([number], np.int32))
+    return {"seed": np.uint32(seed), "step": np.int32(step - 1), "signal": signals}
 
 
-def _abstract(x: jax.Array) -> jax.ShapeDtypeStruct:
-    return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding)
+def _explain(step: int, values: dict[str, float], stage: Stage, folder: epath.Path) -> str:
+    """Writes down what a step that is not finite was made of, and says so."""
+    batch = stage.plan.batch(step - 1)
+    ids = [stage.examples.corpus[index].id for index in batch.indices]
+    file = folder / "not_finite.json"
+    if hosts.is_first():
+        _write_text(file, json.dumps({"step": step, **values, "examples": ids}, indent=1) + "\n")
+    return (
+        f"{stage.name}: the loss of step {step} is {values['loss']}, the norm of its gradient "
+        f"{values['gradient_norm']}; its examples are {', '.join(ids[:8])}{', ...' * (len(ids) > 8)} (all in "
+        f"{file}). The state before it is saved: the same command does that step again. Look at "
+        "those recordings, or begin again in another folder (--set run=) with a smaller learning rate "
+        "(optim.lr) or a longer warm-up (optim.warmup_steps)."
+    )
 
 
 @contextmanager
-def _stop_requested() -> Iterator[Callable[[], bool]]:
-    """Catches Ctrl-C and SIGTERM meanwhile; the function given says whether one has come.
+def _signals() -> Iterator[Callable[[], int]]:
+    """Catches Ctrl-C and SIGTERM meanwhile; the function given says which has come, 0 for none.
 
     A second one interrupts at once.
     """
-    came = []
+    came: list[int] = []
     numbers = (signal.SIGINT, signal.SIGTERM)
 
-    def stop(*_) -> None:
+    def remember(number: int, _) -> None:
         if came:
             raise KeyboardInterrupt
-        came.append(True)
+        came.append(number)
         print("\nstopping after this step, with a checkpoint ...", file=sys.stderr, flush=True)
 
-    before = [signal.signal(number, stop) for number in numbers]
+    before = [signal.signal(number, remember) for number in numbers]
     try:
-        yield lambda: bool(came)
+        yield lambda: came[0] if came else 0
     finally:
         for number, handler in zip(numbers, before, strict=True):
-            signal.signal(number, handler)
+            signal.signal(number, handler or signal.SIG_DFL)
+
+
+class Tester:
+    """The mean losses on test sets: over their whole batches, of tokens over all tokens."""
+
+    def __init__(self, graph: nnx.GraphDef, tests: Mapping[str, tuple[Examples, Plan]], mesh: Mesh):
+        self.tests, self.mesh = tests, mesh
+        self._loss = jax.jit(
+            lambda trained, frozen, batch, seed: nnx.merge(graph, trained, frozen).loss(
+                batch, jax.random.key(seed), train=False
+            ),
+            out_shardings=replicated(mesh),
+        )
+
+    def __call__(self, trained: nnx.State, frozen: nnx.State) -> dict[str, dict[str, float]]:
+        """By test set: "loss", and its parts by name."""
+        return {name: self._mean(trained, frozen, *test) for name, test in self.tests.items()}
+
+    def _mean(
+        self, trained: nnx.State, frozen: nnx.State, examples: Examples, plan: Plan
+    ) -> dict[str, float]:
+        number, rows = plan.batches_per_epoch, []
+        inputs = batches(examples, plan, seed=0, stop=number, sharding=batch_sharding(self.mesh))
+        for step in tqdm.trange(number, desc="test", unit="batch", leave=False, disable=not hosts.is_first()):
+            batch = next(inputs)
+            del batch[SKIPPED]
+            with jax.set_mesh(self.mesh):
+                loss, parts = jax.device_get(self._loss(trained, frozen, batch, np.uint32(step)))
+            rows.append({"loss": float(loss), **{part: float(value) for part, value in parts.items()}})
+        weights = [row.pop("tokens", 1.0) for row in rows]
+        return {key: float(np.average([row[key] for row in rows], weights=weights)) for key in rows[0]}
 
 
 class _Log:
-    """The numbers of a run as it goes: progress bar, metrics.jsonl and TensorBoard."""
+    """The numbers of a run as it goes: progress bar, metrics.jsonl and TensorBoard, on the first host."""
 
-    def __init__(self, folder: Path, start: int, steps: int):
-        self.file = folder / "metrics.jsonl"
+    def __init__(
+        self,
+        folder: epath.Path,
+        stage: Stage,
+        schedule: optax.Schedule,
+        programs: list[Program],
+        start: int,
+    ):
+        self.file, self.stage, self.schedule, self.programs = (
+            folder / "metrics.jsonl",
+            stage,
+            schedule,
+            programs,
+        )
+        chip = chip_of(jax.devices()[0].device_kind)
+        self.peak = None if chip is None else chip.peak / chip.devices * jax.device_count()
         # What a killed run wrote after its last checkpoint is done again; its last line may be half a line.
         lines = self.file.read_text().splitlines(keepends=True) if self.file.exists() else []
-        lines = [line for line in lines if line.endswith("\n") and json.loads(line)["step"] <= start]
-        _write_text(self.file, "".join(lines))
-        self.board = SummaryWriter(str(folder / "tensorboard"), purge_step=start + 1)
+        self.lines = [line for line in lines if line.endswith("\n") and json.loads(line)["step"] <= start]
+        self.skipped = json.loads(self.lines[-1]).get("skipped", 0) if self.lines else 0
+        self.board = None
+        if hosts.is_first():
+            _write_text(self.file, "".join(self.lines))
+            self.board = SummaryWriter(str(folder / "tensorboard"), purge_step=start + 1)
         self.bar = tqdm.tqdm(
-            total=steps, initial=start, desc=folder.name, unit="step", dynamic_ncols=True, mininterval=0.5
+            total=stage.config.steps,
+            initial=start,
+            desc=stage.name,
+            unit="step",
+            dynamic_ncols=True,
+            mininterval=0.5,
+            disable=not hosts.is_first(),
         )
-        self.skipped = jnp.int32(json.loads(lines[-1]).get("skipped", 0) if lines else 0)
         self._begin()
 
     def _begin(self) -> None:
-        self.began, self.samples, self.padded = time.monotonic(), 0, 0
+        self.began, self.steps, self.samples, self.padded, self.flops = time.monotonic(), 0, 0, 0, 0
+        self.waited = 0.0
 
     def __enter__(self) -> "_Log":
         return self
 
     def __exit__(self, *_) -> None:
-        self.board.close()
+        if self.board is not None:
+            self.board.close()
+            if not _can_append(self.file):
+                _write_text(self.file, "".join(self.lines))
         self.bar.close()
 
-    def advance(self, padded: int, num_samples: np.ndarray, skipped: jax.Array) -> None:
-        """Counts a step: samples of its batch with padding, of each recording, and records skipped."""
-        self.samples += int(num_samples.sum())
-        self.padded += padded
-        self.skipped = self.skipped + skipped
-        self.bar.update()
+    @contextmanager
+    def waiting(self) -> Iterator[None]:
+        """Counts the time within as waiting for data."""
+        began = time.monotonic()
+        yield
+        self.waited += time.monotonic() - began
 
-    def write(self, step: int, metrics: dict[str, float], lr: float) -> None:
-        """The metrics of a step, and of all steps since the last that were written how fast they were."""
-        audio_rate = self.samples / audio.SAMPLE_RATE / max(time.monotonic() - self.began, 1e-9)
-        values = metrics | {
-            "lr": lr,
-            "padding": 1 - self.samples / self.padded,
-            "audio_seconds_per_second": audio_rate,
+    def finished(self, step: int, values: dict[str, float]) -> None:
+        """Counts a step, and writes every `log_every`th and the last: its metrics, and the speed since."""
+        planned = self.stage.plan.batch(step - 1)
+        self.steps += 1
+        self.samples += int(self.stage.plan.num_samples[planned.indices].sum())
+        self.padded += planned.indices.size * planned.num_samples
+        self.flops += self.programs[planned.bucket].model_flops
+        self.skipped += int(values.pop("skipped"))
+        self.bar.update()
+        if step % self.stage.config.log_every and step < self.stage.config.steps:
+            return
+        seconds = max(time.monotonic() - self.began, 1e-9)
+        speed = {
+            "step_seconds": seconds / self.steps,
+            "data_wait": self.waited / seconds,
+            "audio_seconds_per_second": self.samples / audio.SAMPLE_RATE / seconds,
+            "model_tflops_per_second": self.flops / seconds / 1e12,
         }
-        if skipped := int(self.skipped):
-            values["skipped"] = skipped
-        with open(self.file, "a") as file:
-            file.write(json.dumps({"step": step, **values}) + "\n")
-        for name, value in values.items():
-            self.board.add_scalar(name, value, step)
-        shown = {name: f"{value:.3f}" for name, value in metrics.items() if name != "tokens"}
-        self.bar.set_postfix(shown | {"audio": f"{audio_rate:.0f}x"}, refresh=False)
+        if self.peak is not None:
+            speed["mfu"] = self.flops / seconds / self.peak
+        row = values | {
+            "lr": float(self.schedule(step - 1)),
+            "padding": 1 - self.samples / self.padded,
+            **speed,
+        }
+        if self.skipped:
+            row["skipped"] = self.skipped
+        shown = {name: f"{value:.3f}" for name, value in values.items() if name != "tokens"}
+        shown["audio"] = f"{speed['audio_seconds_per_second']:.0f}x"
+        if "mfu" in speed:
+            shown["mfu"] = f"{speed['mfu']:.1%}"
+        self.bar.set_postfix(shown, refresh=False)
+        self._write(step, row)
         self._begin()
+
+    def tested(self, step: int, losses: dict[str, dict[str, float]]) -> dict[str, float]:
+        """Writes the losses on test sets, and their mean, test_loss, which it returns."""
+        row = {"test_loss": float(np.mean([parts["loss"] for parts in losses.values()]))}
+        self._write(
+            step, row | {f"test/{name}/{k}": v for name, parts in losses.items() for k, v in parts.items()}
+        )
+        self.bar.write(f"step {step}: test_loss {row['test_loss']:.4f}", file=sys.stderr)
+        return row
+
+    def _write(self, step: int, row: dict[str, float]) -> None:
+        if self.board is None:
+            return
+        self.lines.append(json.dumps({"step": step, **row}) + "\n")
+        if _can_append(self.file):
+            with open(self.file, "a") as file:
+                file.write(self.lines[-1])
+        elif step % self.stage.config.save_every == 0:
+            _write_text(self.file, "".join(self.lines))
+        for name, value in row.items():
+            self.board.add_scalar(name, value, step)
+
+
+def _can_append(file: epath.Path) -> bool:
+    """Objects in buckets can't be appended to."""
+    return "://" not in str(file)
 
 
 class Run:
     """A run that has been checked whole, up to its first step; `train` trains its stages.
 
-    All that can be wrong with folders, recordings, texts, vocabularies and sizes is found here, and leaves no
-    trace: FileNotFoundError and ValueError say what to change.
+    All that can be wrong with devices, folders, recordings, texts, vocabularies and sizes is found here, and
+    leaves no trace: FileNotFoundError and ValueError say what to change. All hosts make one together.
     """
 
     def __init__(self, config: Config):
         self.config = config
+        self.mesh = make_mesh((config.mesh.data, config.mesh.fsdp, config.mesh.model))
+        if config.data.frames is not None and jax.process_count() > 1:
+            raise ValueError("data.frames are made by one host, and there are several: set it to null.")
         corpus = Corpus([DataSet(one.folder) for one in config.data.train.values()])
-        _check_folder(config, corpus)
+        self.identity: dict[str, Any] = {
+            "config": _fixed(config.model_dump(mode="json")),
+            "data": [data_set.fingerprint for data_set in corpus.data_sets],
+        }
+        _check_folder(config.run, self.identity)
+        _check_writable(config.run)
         rngs = nnx.Rngs(config.seed)
         dtype = jnp.dtype(config.dtype)
         self.extractor = audio.FeatureExtractor.from_folder(config.encoder)
-        encoder = pretrained.load_hubert(config.encoder, dtype=dtype)
+        encoder = pretrained.load_hubert(config.encoder, dtype=dtype, mesh=self.mesh)
+        self.identity["encoder"] = fingerprint(encoder)
         speech = self._waveforms(corpus, encoder)
         self.tests = {name: DataSet(folder) for name, folder in config.data.test.items()}
         test_speech = {name: self._waveforms(Corpus([test]), encoder) for name, test in self.tests.items()}
@@ -307,77 +551,108 @@ class Run:
             max_tokens=config.data.max_text_tokens, skip_corrupt=config.data.skip_corrupt
         )
         self.aligner = self.model = None
-        examples: list[AlignmentExamples | InstructionExamples] = []
+        self.stages: list[Stage] = []
         if config.stage1 is not None:
             tokenizer = prompts.load_tokenizer(config.adapter.tokenizer)
             self.aligner = _make_aligner(config, encoder, tokenizer, rngs)
             vocab_size = self.aligner.adapter.config.vocab_size
-            self.plan1 = _make_plan(config, corpus, config.stage1)
-            self.alignment = AlignmentExamples(corpus, speech, tokenizer, vocab_size, self.plan1, **options)
-            self.alignment_tests = {
-                name: _test_alignment(waveforms, tokenizer, vocab_size, config.stage1.batch_size, **options)
-                for name, waveforms in test_speech.items()
-            }
-            _try(self.aligner, self.alignment, self.plan1)
-            examples.append(self.alignment)
+
+            def aligned(speech: Waveforms, plan: Plan) -> AlignmentExamples:
+                return AlignmentExamples(speech.corpus, speech, tokenizer, vocab_size, plan, **options)
+
+            self._add_stage("stage1", config.stage1, speech, test_speech, aligned)
+            _try(self.aligner, self.stages[-1])
         if config.stage2 is not None:
-            self.llm = pretrained.load_decoder(config.llm, dtype=dtype)
+            remat = config.stage2.remat
+            self.llm = pretrained.load_decoder(config.llm, dtype=dtype, mesh=self.mesh, remat=remat)
+            self.identity["llm"] = fingerprint(self.llm)
             vocab_size = self.llm.config.vocab_size
             self.prompter = prompts.Prompter.from_folder(config.llm, vocab_size)
-            self.plan2 = _make_plan(config, corpus, config.stage2)
             tasks = [one.tasks or config.stage2.tasks for one in config.data.train.values()]
-            self.instruction = InstructionExamples(
-                corpus, speech, self.prompter, vocab_size, tasks, self.plan2, **options
-            )
+
+            def instructed(speech: Waveforms, plan: Plan) -> InstructionExamples:
+                training = speech.corpus is corpus
+                some = tasks if training else [_tasks_of(speech.corpus, config.stage2.tasks)]
+                return InstructionExamples(
+                    speech.corpus, speech, self.prompter, vocab_size, some, plan, **options
+                )
+
+            self._add_stage("stage2", config.stage2, speech, test_speech, instructed)
             for test in self.tests.values():
                 check_tasks(test, config.test_languages)
             if self.aligner is None:
                 self.model = _make_sparqle(config, encoder, self.llm, rngs)
             else:
                 self.model = SparQLe.from_aligner(self.aligner, self.llm, rngs=rngs)
-            _try(self.model, self.instruction, self.plan2)
-            examples.append(self.instruction)
+            _try(self.model, self.stages[-1])
+        _check_folder(config.run, self.identity)
         if config.data.frames is not None:
             frames = keep_frames(config.data.frames, speech, encoder)
-            for one in examples:
-                one.speech = frames
-        _claim_folder(config, corpus)
+            for stage in self.stages:
+                stage.examples.speech = frames
+        if hosts.is_first():
+            _claim_folder(config, self.identity)
 
     def _waveforms(self, corpus: Corpus, encoder: Hubert) -> Waveforms:
         shortest = encoder.config.min_samples
         return Waveforms(corpus, self.extractor, self.config.data.max_seconds, min_samples=shortest)
 
-    def train(self) -> dict[str, Any]:
+    def _add_stage(
+        self,
+        name: str,
+        config: StageConfig,
+        speech: Waveforms,
+        test_speech: dict[str, Waveforms],
+        make_examples: Callable[[Waveforms, Plan], AlignmentExamples | InstructionExamples],
+    ) -> None:
+        plan = _make_plan(self.config, speech.corpus, config)
+        parts = batch_parts(self.mesh)
+        needed = parts * getattr(config, "accumulate", 1)
+        for bucket in plan.buckets:
+            if bucket.batch_size % needed:
+                raise ValueError(
+                    f"{name}: batches of {bucket.batch_size} can't be split into {needed} equal parts "
+                    f"(mesh.data * mesh.fsdp = {parts}, times accumulate): make batch_size and "
+                    f"data.batch_multiple multiples of {needed}, or choose another mesh."
+                )
+        tests = {}
+        for test, waveforms in test_speech.items():
+            test_plan = _test_plan(waveforms, config.batch_size, parts, test)
+            tests[test] = (make_examples(waveforms, test_plan), test_plan)
+        self.stages.append(Stage(name, config, make_examples(speech, plan), plan, tests))
+
+    def train(self, profile: int = 0) -> dict[str, Any]:
         """Trains what is not trained yet, and returns the scores by stage. Raises as the function `train`."""
-        results = {}
-        if self.aligner is not None:
-            results["stage1"] = self._train_stage1(self.config.stage1)
-        if self.model is not None:
-            results["stage2"] = self._train_stage2(self.config.stage2)
-        return results
+        train_stage = {"stage1": self._train_stage1, "stage2": self._train_stage2}
+        return {stage.name: train_stage[stage.name](stage, profile) for stage in self.stages}
 
-    def _run(
-        self, model: nnx.Module, examples: Examples, plan: Plan, stage: StageConfig, folder: Path
-    ) -> nnx.Module:
-        workers = self.config.data.workers
-        return train(model, examples, plan, stage, folder, seed=self.config.seed, workers=workers)
-
-    def _train_stage1(self, stage: Stage1Config) -> dict[str, Any]:
-        folder = _stage_folder(self.config, "stage1")
-        self.aligner = self._run(self.aligner, self.alignment, self.plan1, stage, folder)
-        pretrained.save_published(self.aligner, folder / "adapter.safetensors")
-        if not stage.evaluate:
-            return {}
-        return _once(
-            folder / "results.json",
-            lambda: _evaluate_losses(self.aligner, self.alignment_tests),
+    def _run(self, model: nnx.Module, stage: Stage, folder: epath.Path, profile: int) -> nnx.Module:
+        config = self.config
+        return train(
+            model,
+            stage,
+            folder,
+            self.mesh,
+            seed=config.seed,
+            identity=self.identity,
+            workers=config.data.workers,
+            profile=profile,
         )
 
-    def _train_stage2(self, stage: Stage2Config) -> dict[str, Any]:
-        config, folder = self.config, _stage_folder(self.config, "stage2")
+    def _train_stage1(self, stage: Stage, profile: int) -> dict[str, Any]:
+        folder = _stage_folder(self.config, stage.name)
+        self.aligner = self._run(self.aligner, stage, folder, profile)
+        pretrained.save_published(self.aligner, folder / "adapter.safetensors")
+        if not stage.config.evaluate:
+            return {}
+        graph, trained, frozen = partition(self.aligner)
+        return _once(folder / "results.json", lambda: Tester(graph, stage.tests, self.mesh)(trained, frozen))
+
+    def _train_stage2(self, stage: Stage, profile: int) -> dict[str, Any]:
+        config, folder = self.config, _stage_folder(self.config, stage.name)
         if self.aligner is not None:
             self.model = SparQLe.from_aligner(self.aligner, self.llm, rngs=nnx.Rngs(config.seed))
-        self.model = self._run(self.model, self.instruction, self.plan2, stage, folder)
+        self.model = self._run(self.model, stage, folder, profile)
         settings = ModelSettings(
             encoder=config.encoder,
             llm=config.llm,
@@ -386,13 +661,19 @@ class Run:
             dtype=config.dtype,
         )
         save_model(self.model, folder, settings)
-        if not stage.evaluate:
+        if not stage.config.evaluate:
             return {}
         listener = Listener(self.model, self.prompter, self.extractor, settings)
         return _once(
             folder / "results.json",
             lambda: _evaluate_answers(listener, self.tests, config.test_languages),
         )
+
+
+def _tasks_of(corpus: Corpus, tasks: dict[str, float]) -> dict[str, float]:
+    """Those of the tasks that a test set has answers to."""
+    there = (TRANSCRIBE, *corpus.data_sets[0].languages)
+    return {task: weight for task, weight in tasks.items() if task in there} or {TRANSCRIBE: 1.0}
 
 
 def _make_plan(config: Config, corpus: Corpus, stage: StageConfig) -> Plan:
@@ -413,84 +694,105 @@ def _make_plan(config: Config, corpus: Corpus, stage: StageConfig) -> Plan:
         weights=weights or None,
     )
     if len(plan.buckets) < len(lengths):
-        print(
+        hosts.say(
             f"{len(plan.buckets)} buckets instead of {len(lengths)}: an epoch has too few examples for more "
             f"({plan.batches_per_epoch} batches of {stage.batch_size} and up)."
         )
     return plan
 
 
-def _test_alignment(
-    waveforms: Waveforms, tokenizer: Any, vocab_size: int, batch_size: int, **options: Any
-) -> tuple[AlignmentExamples, Plan]:
-    """A data set to evaluate stage 1 on, all of one length."""
+def _test_plan(waveforms: Waveforms, batch_size: int, parts: int, name: str) -> Plan:
+    """The batches of a test set, all of one length and a multiple of `parts` examples."""
     lengths = waveforms.corpus.num_samples
-    plan = Plan(lengths, choose_buckets(lengths, 1), min(batch_size, len(lengths)), seed=0)
-    return AlignmentExamples(waveforms.corpus, waveforms, tokenizer, vocab_size, plan, **options), plan
+    size = min(batch_size, len(lengths)) // parts * parts
+    if not size:
+        raise ValueError(
+            f"data.test.{name} has {len(lengths)} utterances, too few to be split over mesh.data * mesh.fsdp "
+            f"= {parts} devices: give more, leave it out, or choose another mesh."
+        )
+    return Plan(lengths, choose_buckets(lengths, 1), size, seed=0)
 
 
-def _try(model: Aligner | SparQLe, examples: Examples, plan: Plan) -> None:
+def _try(model: Aligner | SparQLe, stage: Stage) -> None:
     """Traces the loss of a batch of the longest recordings, without running it: sizes that do not fit raise
     ValueError here."""
-    batch = _arrays(examples, plan.one_of_each()[-1])
+    longest = stage.plan.one_of_each()[-1]
+    batch = stage.examples.rows(longest, range(min(2, len(longest.indices))), 0)
+    del batch[SKIPPED]
     graph, state = nnx.split(model)
     jax.eval_shape(lambda state, key: nnx.merge(graph, state).loss(batch, key), state, jax.random.key(0))
 
 
-def _check_folder(config: Config, corpus: Corpus) -> None:
-    """Raises ValueError when the run's folder holds a run of another configuration, or on other data."""
-    file = config.run / "config.json"
-    if not file.is_file():
+def _fixed(config: Any, key: str = "") -> Any:
+    """What of a configuration must stay when a run goes on: all but the keys that are FREE."""
+    if not isinstance(config, dict):
+        return config
+    paths = {name: f"{key}.{name}".removeprefix(".") for name in config}
+    return {
+        name: _fixed(value, paths[name])
+        for name, value in config.items()
+        if not re.fullmatch(FREE, paths[name])
+    }
+
+
+def _check_folder(folder: epath.Path, identity: dict[str, Any]) -> None:
+    """Raises ValueError, listing what differs, when the folder holds another run."""
+    if not (folder / IDENTITY).is_file():
         return
-    there, wanted = json.loads(file.read_text()), config.model_dump(mode="json")
-    there["run"] = wanted["run"]  # a folder may be moved
-    differences = _differences(there, wanted)
-    if json.loads((config.run / DATA_HASHES).read_text()) != _data_hashes(corpus):
-        differences.append("what is in data.train")
-    if differences:
+    there = json.loads((folder / IDENTITY).read_text())
+    wrong = differences({key: there.get(key) for key in identity}, json.loads(json.dumps(identity)))
+    if wrong:
         raise ValueError(
-            f"{config.run} holds another run (other: {', '.join(differences)}): choose another folder with "
-            "--set run=FOLDER, or delete that one."
+            f"{folder} holds another run: {'; '.join(wrong)}. ('data' are the contents of data.train, "
+            "'encoder' and 'llm' the weights of the towers.) Choose another folder with --set run=FOLDER, or "
+            "delete that one."
         )
 
 
-def _claim_folder(config: Config, corpus: Corpus) -> None:
+def _check_writable(folder: epath.Path) -> None:
+    """Raises ValueError when nothing can be written where a local folder is, or is to be made."""
+    if "://" in str(folder):
+        return
+    there = Path(folder).absolute()
+    while not there.exists():
+        there = there.parent
+    try:
+        with tempfile.TemporaryFile(dir=there):
+            pass
+    except OSError as error:
+        raise ValueError(
+            f"nothing can be written to run={folder} ({error}): choose another folder with --set run=."
+        ) from error
+
+
+def _claim_folder(config: Config, identity: dict[str, Any]) -> None:
     config.run.mkdir(parents=True, exist_ok=True)
-    if not (config.run / "config.json").is_file():
-        _write_text(config.run / DATA_HASHES, json.dumps(_data_hashes(corpus)) + "\n")
+    if not (config.run / IDENTITY).is_file():
         _write_text(config.run / "config.json", config.model_dump_json(indent=2) + "\n")
+        _write_text(config.run / IDENTITY, json.dumps(identity, indent=1) + "\n")
 
 
-def _data_hashes(corpus: Corpus) -> list[str]:
-    return [data_set.fingerprint for data_set in corpus.data_sets]
-
-
-def _write_text(file: Path, text: str) -> None:
+def _write_text(file: epath.Path, text: str) -> None:
     """Writes a file whole or not at all: whoever is stopped while writing leaves the old one."""
     partial = file.with_name(file.name + ".partial")
     partial.write_text(text)
     partial.replace(file)
 
 
-def _differences(a: Any, b: Any, key: str = "") -> list[str]:
-    if isinstance(a, dict) and isinstance(b, dict):
-        return [
-            d for k in sorted(a.keys() | b.keys()) for d in _differences(a.get(k), b.get(k), f"{key}.{k}")
-        ]
-    return [] if a == b else [key.removeprefix(".")]
-
-
-def _stage_folder(config: Config, name: str) -> Path:
+def _stage_folder(config: Config, name: str) -> epath.Path:
     folder = config.run / name
-    folder.mkdir(exist_ok=True)
+    folder.mkdir(parents=True, exist_ok=True)
     return folder
 
 
-def _once(file: Path, make: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+def _once(file: epath.Path, make: Callable[[], dict[str, Any]]) -> dict[str, Any]:
     """What `make` returns, kept in a JSON file from the first time on."""
-    if not file.is_file():
-        _write_text(file, json.dumps(make(), indent=1) + "\n")
-    return json.loads(file.read_text())
+    if hosts.agreed(file.is_file()):
+        return json.loads(file.read_text())
+    made = make()
+    if hosts.is_first():
+        _write_text(file, json.dumps(made, indent=1) + "\n")
+    return made
 
 
 def _make_aligner(config: Config, encoder: Hubert, tokenizer: Any, rngs: nnx.Rngs) -> Aligner:
@@ -522,28 +824,12 @@ def _make_sparqle(config: Config, encoder: Hubert, llm: Decoder, rngs: nnx.Rngs)
     return SparQLe(encoder, adapter, projection, llm)
 
 
-def _evaluate_losses(
-    aligner: Aligner, tests: dict[str, tuple[AlignmentExamples, Plan]]
-) -> dict[str, dict[str, float]]:
-    """The mean of each loss on each data set, over its whole batches."""
-    graph, state = nnx.split(aligner)
-    loss_of = jax.jit(lambda state, batch, key: nnx.merge(graph, state).loss(batch, key, train=False)[1])
-    results = {}
-    for name, (examples, plan) in tests.items():
-        number = plan.batches_per_epoch
-        inputs = batches(examples, plan, seed=0, stop=number)
-        bar = tqdm.trange(number, desc=f"evaluate stage 1: {name}", unit="batch")
-        parts = [loss_of(state, next(inputs), jax.random.key(step)) for step in bar]
-        results[name] = {key: float(sum(part[key] for part in parts)) / number for key in parts[0]}
-    return results
-
-
 def _evaluate_answers(
     listener: Listener, tests: dict[str, DataSet], languages: tuple[str, ...]
 ) -> dict[str, Any]:
     results = {name: evaluate(listener, test, languages)[0] for name, test in tests.items()}
     if results:
-        print(table(results))
+        hosts.say(table(results))
     return results
 
 
@@ -551,22 +837,33 @@ def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser("python -m sparqle_jax.train", description=__doc__.split("\n")[0])
     parser.add_argument("config", type=Path, help="a configuration, such as configs/tiny.py")
     parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="overrides one key")
+    parser.add_argument(
+        "--distributed",
+        nargs="*",
+        metavar="WHERE",
+        help="one of several hosts; they find each other on TPU pods, GKE and Slurm, and elsewhere by: the "
+        "first one's ADDRESS:PORT, how many there are, and the number of this one",
+    )
+    parser.add_argument(
+        "--profile", type=int, default=0, metavar="STEPS", help="traces so many steps of each stage for xprof"
+    )
     args = parser.parse_args(argv)
     try:
+        if args.distributed is not None:
+            hosts.join(args.distributed)
         run = Run(read_config(args.config, args.set))
-    except (ValueError, FileNotFoundError) as error:
-        parser.error(str(error))
+        run.train(args.profile)
     except KeyboardInterrupt:
-        return STOPPED
-    try:
-        run.train()
-    except (Stopped, KeyboardInterrupt) as stopped:
-        print(f"{str(stopped) or 'stopped'}; the same command goes on from there.", file=sys.stderr)
-        return STOPPED
-    except (FloatingPointError, CorruptRecord) as error:
+        return 128 + signal.SIGINT
+    except Stopped as stopped:
+        print(f"{stopped}; the same command goes on from there.", file=sys.stderr)
+        return stopped.status
+    except (FloatingPointError, CorruptRecord, CheckpointError) as error:
         print(error, file=sys.stderr)
-        return 1
-    print(f"done: {run.config.run}")
+        return FAILED
+    except (ValueError, FileNotFoundError) as error:
+        parser.error(str(error))  # with status 2
+    hosts.say(f"done: {run.config.run}")
     return 0
 
 

@@ -19,9 +19,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pydantic
+from etils import epath
 from flax import nnx
 
-from sparqle_jax import audio, pretrained, prompts
+from sparqle_jax import audio, hosts, pretrained, prompts
 from sparqle_jax.data.pipeline import TRANSCRIBE, instructions
 from sparqle_jax.generate import GenerationConfig, generate
 from sparqle_jax.model import SparQLe
@@ -43,15 +44,16 @@ class ModelSettings(pydantic.BaseModel, frozen=True, extra="forbid"):
     dtype: Literal["float32", "bfloat16"]
 
 
-def save_model(model: SparQLe, folder: str | Path, settings: ModelSettings) -> None:
-    """Writes a model folder."""
-    folder = Path(folder)
+def save_model(model: SparQLe, folder: str | epath.Path, settings: ModelSettings) -> None:
+    """Writes a model folder; of several hosts, which call this together, the first does."""
+    folder = epath.Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     pretrained.save_published(model, folder / "adapter.safetensors")
-    towers = {
-        name: Path(os.path.relpath(getattr(settings, name).resolve(), folder.resolve()))
-        for name in ("encoder", "llm")
-    }
+    if not hosts.is_first():
+        return
+    towers = {name: getattr(settings, name).resolve() for name in ("encoder", "llm")}
+    if "://" not in str(folder):
+        towers = {name: Path(os.path.relpath(path, folder.resolve())) for name, path in towers.items()}
     (folder / "model.json").write_text(settings.model_copy(update=towers).model_dump_json(indent=2) + "\n")
 
 
@@ -163,7 +165,7 @@ class Listener:
     def _generate(self, batch: dict[str, np.ndarray], num: int) -> list[str]:
         end = self.prompter.end_id
         settings = GenerationConfig(self.max_new_tokens, eos_token_ids=(end,))
-        rows = np.asarray(generate(self.model, batch, settings))[:num]
+        rows = hosts.whole(generate(self.model, batch, settings))[:num]
         if cut := int((rows != end).all(1).sum()):
             warnings.warn(
                 f"{cut} of {num} answers have no end within max_new_tokens={self.max_new_tokens} tokens: "

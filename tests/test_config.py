@@ -55,8 +55,8 @@ def test_a_written_configuration_reads_back(tmp_path):
 @pytest.mark.parametrize(
     ("override", "message"),
     [
-        ("stage2.optim.learning_rate=1", "no such key; valid here: lr, warmup_steps"),
-        ("stage3.steps=1", "no such key; valid here: run, encoder"),
+        ("stage2.optim.learning_rate=1", "no such key; valid here: lr, schedule"),
+        ("stage3.steps=1", "no such key; valid here: run, mesh"),
         ("stage2.optim.lr=fast", "stage2.optim.lr: Input should be a valid number.*'fast'"),
         ("stage2.optim.lr=-1", "stage2.optim.lr: Input should be greater than 0"),
         ("stage2.steps=1.5", "stage2.steps"),

@@ -15,6 +15,7 @@ from flax import nnx
 from jax.typing import DTypeLike
 
 from sparqle_jax import layers
+from sparqle_jax.sharding import split_batch
 
 KeysValues = tuple[jax.Array, jax.Array]  # keys and values of one layer, each [B, C, N, H]
 
@@ -358,6 +359,7 @@ class QFormer(nnx.Module):
             layer_key = None if key is None else jax.random.fold_in(key, i)
             with jax.named_scope(f"layer_{i}"):
                 x, keys_values = layer(x, num_queries, mask, frames, frames_mask, cached, layer_key)
+                x = split_batch(x)
             all_keys_values.append(keys_values)
         return x, all_keys_values
 

@@ -13,6 +13,7 @@ import numpy as np
 import tqdm
 from flax import nnx
 
+from sparqle_jax.checkpoint import fingerprint
 from sparqle_jax.data.pipeline import Arrays, Waveforms
 from sparqle_jax.encoders.hubert import Hubert
 
@@ -78,9 +79,7 @@ def _check_room(folder: Path, size: int) -> None:
 
 
 def _fingerprint(waveforms: Waveforms, encoder: Hubert) -> str:
-    digest = hashlib.sha256(repr((encoder.config, waveforms.extractor)).encode())
-    for parameter in jax.tree.leaves(nnx.state(encoder)):
-        digest.update(np.asarray(parameter).tobytes())
+    digest = hashlib.sha256(repr((encoder.config, waveforms.extractor, fingerprint(encoder))).encode())
     for data_set in waveforms.corpus.data_sets:
         digest.update(data_set.fingerprint.encode())
     return digest.hexdigest()[:16]

@@ -5,6 +5,7 @@ input, and each host makes its own rows of it.
 """
 
 import dataclasses
+import functools
 import itertools
 import signal
 import sys
@@ -12,6 +13,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, Protocol
 
 import grain
+import jax
 import numpy as np
 import tqdm
 from absl import flags
@@ -24,7 +26,7 @@ from sparqle_jax.data.plan import Batch, Plan
 Arrays = dict[str, np.ndarray]
 TRANSCRIBE = "transcribe"  # the name of this task; a translation is named by its language's code
 CHUNK = 4096  # texts that are tokenised at once, to count their tokens
-SKIPPED = "skipped"  # in a batch: how many records of it could not be read
+SKIPPED = "skipped"  # in a batch, bool [B]: which of its records could not be read
 
 
 class Examples(Protocol):
@@ -55,27 +57,21 @@ def batches(
     seed: int,
     stop: int,
     start: int = 0,
-    host: int = 0,
-    num_hosts: int = 1,
     workers: int = 0,
-    device: Any = None,
+    sharding: jax.sharding.Sharding | None = None,
 ) -> Iterator[Any]:
-    """Batches number `start` up to `stop`: of each, the rows of host `host` of `num_hosts`.
+    """Batches number `start` up to `stop`.
 
-    workers: processes that read; 0 reads in threads of this one. device: a jax.Device or Sharding, to which
-    batches are brought, two ahead; None leaves them with the host.
-    Raises ValueError when the hosts do not divide a batch.
+    sharding: of arrays [B, ...] over the devices of all hosts: each host reads the rows that its devices
+    hold, and brings them there, two batches ahead; None leaves all of a batch with the host.
+    workers: processes that read; 0 reads in threads of this one.
     """
-    for bucket in plan.buckets:
-        if bucket.batch_size % num_hosts:
-            raise ValueError(
-                f"batches of {bucket.batch_size} can't be divided among {num_hosts} hosts: make "
-                "data.batch_multiple a multiple of them."
-            )
+
+    sizes = {bucket.batch_size for bucket in plan.buckets}
+    places = {size: range(size) if sharding is None else local_rows(sharding, size) for size in sizes}
 
     def load(batch: Batch) -> Arrays:
-        size = len(batch.indices) // num_hosts
-        return examples.rows(batch, range(host * size, (host + 1) * size), seed)
+        return examples.rows(batch, places[len(batch.indices)], seed)
 
     dataset = grain.MapDataset.source(HostBatches(plan, stop)).slice(slice(start, None)).map(load)
     threads = 1 if workers else 4
@@ -86,9 +82,22 @@ def batches(
             flags.FLAGS.mark_as_parsed()
         options = grain.MultiprocessingOptions(num_workers=workers, per_worker_buffer_size=2)
         inputs = inputs.mp_prefetch(options, worker_init_fn=_leave_ctrl_c_to_the_main_process)
-    if device is not None:
-        inputs = grain.experimental.device_put(inputs, device)
+    if sharding is not None:
+        inputs = inputs.map(functools.partial(on_devices, sharding))
+        inputs = grain.experimental.ThreadPrefetchIterDataset(inputs, prefetch_buffer_size=2)
     return iter(inputs)
+
+
+def local_rows(sharding: jax.sharding.Sharding, size: int) -> list[int]:
+    """Which rows of an array [size, ...] this host's devices hold, ascending. Raises ValueError when the
+    sharding can't split so many."""
+    held = sharding.addressable_devices_indices_map((size,)).values()
+    return sorted({row for (rows,) in held for row in range(size)[rows]})
+
+
+def on_devices(sharding: jax.sharding.Sharding, rows: Arrays) -> dict[str, jax.Array]:
+    """A whole batch on the devices of all hosts, from the rows of each (see `local_rows`)."""
+    return {name: jax.make_array_from_process_local_data(sharding, x) for name, x in rows.items()}
 
 
 def _leave_ctrl_c_to_the_main_process(worker: int, num_workers: int) -> None:
@@ -246,13 +255,13 @@ class InstructionExamples:
 def _read(
     examples: AlignmentExamples | InstructionExamples, batch: Batch, places: Sequence[int]
 ) -> tuple[Arrays, list[int], np.ndarray]:
-    """The speech at these places of a batch, the places that were read for it, and how many were not.
+    """The speech at these places of a batch, the places that were read for it, and bool [B]: which were not.
 
     A record that can't be read is an error, or with `skip_corrupt` another of the batch takes its place.
     """
     read = list(places)
     try:
-        return examples.speech.rows(batch.indices[read], batch.num_samples), read, np.int32(0)
+        return examples.speech.rows(batch.indices[read], batch.num_samples), read, np.zeros(len(read), bool)
     except CorruptRecord as error:
         if not examples.skip_corrupt:
             raise CorruptRecord(
@@ -269,7 +278,7 @@ def _read(
         raise CorruptRecord(f"no record of batch {batch.number} can be read.")
     filled = list(itertools.islice(itertools.cycle(whole), len(read)))
     speech = examples.speech.rows(batch.indices[filled], batch.num_samples)
-    return speech, filled, np.int32(len(read) - len(whole))
+    return speech, filled, ~np.isin(read, whole)
 
 
 def _check_length(utterance: Utterance, tokens: Sequence[int], length: int) -> None:

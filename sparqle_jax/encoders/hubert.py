@@ -16,6 +16,7 @@ from jax.typing import DTypeLike
 
 from sparqle_jax import layers
 from sparqle_jax.compat import check_compat
+from sparqle_jax.sharding import split_batch
 
 Compat = Literal["transformers", "published"] | None
 
@@ -259,7 +260,7 @@ class Hubert(nnx.Module):
         x, keys_mask = self._add_positions(x, frames_mask)
 
         def step(encoder_layer, x, _):
-            x = encoder_layer(x, keys_mask)
+            x = split_batch(encoder_layer(x, keys_mask))
             return x, x
 
         last, outputs = layers.scan(self.layers, step, x, remat=self.remat)
@@ -293,7 +294,7 @@ class Hubert(nnx.Module):
         x = waveform.astype(self.dtype)[..., None]
         with jax.named_scope("conv_layers"):
             for conv_layer in self.conv_layers:
-                x = conv_layer(x, first_mask)
+                x = split_batch(conv_layer(x, first_mask))
         if self.feature_norm is not None:
             x = self.feature_norm(x)
         return self.feature_projection(x), None if mask is None else self._frames_mask(mask, compat)
@@ -305,7 +306,7 @@ class Hubert(nnx.Module):
         x, keys_mask = self._add_positions(x, frames_mask)
 
         def step(encoder_layer, x, _):
-            return encoder_layer(x, keys_mask), None
+            return split_batch(encoder_layer(x, keys_mask)), None
 
         with jax.named_scope("layers"):
             x, _ = layers.scan(self.layers, step, x, num=layer, remat=self.remat)

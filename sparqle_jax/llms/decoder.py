@@ -17,6 +17,7 @@ from flax import nnx
 from jax.typing import DTypeLike
 
 from sparqle_jax import layers
+from sparqle_jax.sharding import split_batch
 
 ROPE_TYPES = ("default", "linear", "llama3")
 
@@ -300,7 +301,7 @@ class Decoder(nnx.Module):
         Raises ValueError for more places than the model has positions.
         """
         x = self.embed(inputs) if jnp.issubdtype(inputs.dtype, jnp.integer) else inputs
-        x = x.astype(self.dtype)
+        x = split_batch(x.astype(self.dtype))
         batch, length = x.shape[:2]
         mask = jnp.ones((batch, length), bool) if mask is None else mask.astype(bool)
         x = jnp.where(mask[..., None], x, 0)  # a NaN in padding would come through attention's zeros
@@ -335,7 +336,8 @@ class Decoder(nnx.Module):
                 keys = jax.lax.dynamic_update_slice(keys, key[None].astype(keys.dtype), at)
                 values = jax.lax.dynamic_update_slice(values, value[None].astype(values.dtype), at)
                 key, value = keys[i], values[i]
-            return (layer.attend(x, query, key, value, seen[:, None]), keys, values), None
+            x = split_batch(layer.attend(x, query, key, value, seen[:, None]))
+            return (x, keys, values), None
 
         windows = None
         if self.config.sliding_windows:

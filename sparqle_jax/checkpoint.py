@@ -1,0 +1,211 @@
+"""Checkpoints of training: what trains, the optimizer's state and the step, by Orbax.
+
+Each says of which run it is (configuration, data, frozen towers), and has a checksum of every array, so that
+one that was damaged on disk is found and the one before it used. It is written while training goes on,
+appears only when it is whole, and can be read on any mesh and number of hosts.
+"""
+
+import hashlib
+import json
+import shutil
+import sys
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from etils import epath
+from flax import nnx
+from orbax.checkpoint import v1 as ocp
+
+from sparqle_jax import hosts
+
+Identity = dict[str, Any]  # of a run, as JSON: what must be the same when it goes on
+
+
+class CheckpointError(Exception):
+    """A checkpoint could not be written."""
+
+
+class Checkpoints:
+    """The checkpoints in a folder: the last `keep`, and the one with the lowest test loss.
+
+    identity: of this run; a checkpoint of another is an error. All hosts make one, and call its methods
+    together. Use as a context manager: at the end it waits for what is still being written.
+    """
+
+    def __init__(self, folder: epath.Path, identity: Identity, *, keep: int):
+        self.folder, self.identity = folder.resolve(), json.loads(json.dumps(identity))
+        policies = ocp.training.preservation_policies
+        best = policies.BestN(
+            get_metric_fn=lambda metrics: -metrics["test_loss"], n=1, keep_checkpoints_without_metrics=False
+        )
+        self._latest = hosts.agreed(self._find_latest() if hosts.is_first() else -1)
+        self._checkpointer = ocp.training.Checkpointer(
+            self.folder,
+            preservation_policy=policies.AnyPreservationPolicy([policies.LatestN(keep), best]),
+            cleanup_tmp_directories=True,
+        )
+        self._writing: Any = None
+
+    def __enter__(self) -> "Checkpoints":
+        return self
+
+    def __exit__(self, kind: type | None, *_) -> None:
+        try:
+            self._wait()
+        except CheckpointError:
+            if kind is None:
+                raise
+        finally:
+            self._checkpointer.close()
+
+    def restore(self, state: Any) -> Any | None:
+        """The newest state that is whole, on the devices where `state` (arrays, or abstract) says; or None.
+
+        Raises ValueError, listing the differences, when it is of another run.
+        """
+        if self._latest < 0:
+            return None
+        there = self._checkpointer.metadata(self._latest).custom_metadata["identity"]
+        if wrong := differences(there, self.identity):
+            raise ValueError(
+                f"the checkpoints in {self.folder} are of another run: {'; '.join(wrong)}. Choose another "
+                "folder with --set run=FOLDER, or delete that one."
+            )
+        abstract = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), state)
+        return self._checkpointer.load(self._latest, abstract_state=abstract)
+
+    def save(self, step: int, state: Any, metrics: dict[str, float] | None = None) -> None:
+        """Begins to write the state; the next save, or the end, waits until that is done.
+
+        metrics: "test_loss", where it was measured. Raises CheckpointError, for this or the one before.
+        """
+        self._wait()
+        if step == self._latest:
+            return
+        self._check_room(step, state)
+        try:
+            self._writing = self._checkpointer.save_async(
+                step,
+                state,
+                force=True,
+                metrics=metrics,
+                custom_metadata={"identity": self.identity, "checksums": checksums(state)},
+            )
+        except Exception as error:
+            raise self._failed(step, error) from error
+        self._latest = step
+
+    def _wait(self) -> None:
+        if self._writing is not None:
+            writing, self._writing = self._writing, None
+            try:
+                writing.result()
+            except Exception as error:
+                raise self._failed(self._latest, error) from error
+
+    def _failed(self, step: int, error: Exception) -> CheckpointError:
+        return CheckpointError(
+            f"the checkpoint of step {step} could not be written to {self.folder}: {error}. Those before it "
+            "are as they were: see to it that there is room and the folder can be written to; the same "
+            "command then goes on from the last of them."
+        )
+
+    def _check_room(self, step: int, state: Any) -> None:
+        """On one's own disk an error at once, instead of a disk that is full for others as well."""
+        if not self._is_local():
+            return
+        needed = sum(x.nbytes for x in jax.tree.leaves(state))
+        free = hosts.agreed(min(shutil.disk_usage(self.folder).free >> 20, 2**31 - 1))
+        if free < needed >> 20:
+            sizes = f"No space left: it takes {needed / 1e6:.1f} MB and the disk has {free} MiB left"
+            raise self._failed(step, OSError(sizes))
+
+    def _is_local(self) -> bool:
+        return "://" not in str(self.folder)
+
+    def _find_latest(self) -> int:
+        """The newest step whose checkpoint is as it was written; -1 for none. Damaged ones are set aside."""
+        names = [path.name for path in self.folder.iterdir()] if self.folder.exists() else []
+        steps = sorted((int(name) for name in names if name.isdecimal()), reverse=True)
+        for step in steps:
+            damage = _damage(self.folder / str(step))
+            if damage is None:
+                return step
+            aside = self.folder / f"damaged-{step}"
+            if aside.exists():
+                aside.rmtree()
+            (self.folder / str(step)).rename(aside)
+            print(
+                f"WARNING: the checkpoint of step {step} in {self.folder} is damaged ({damage}): it is now "
+                f"{aside.name}, and the one before it is used.",
+                file=sys.stderr,
+                flush=True,
+            )
+        return -1
+
+
+def _damage(folder: epath.Path) -> str | None:
+    """What is wrong with a checkpoint, read as a whole by this host alone; None for one that is whole."""
+    alone = ocp.options.MultiprocessingOptions(
+        primary_host=jax.process_index(),
+        active_processes={jax.process_index()},
+        barrier_sync_key_prefix="verify",
+    )
+    try:
+        with ocp.Context(multiprocessing_options=alone):
+            metadata = ocp.metadata(folder)
+            written = metadata.custom_metadata["checksums"]
+            abstract = jax.tree.map(lambda x: np.zeros(x.shape, x.dtype), metadata.metadata)
+            found = checksums(ocp.load(folder, abstract_state=abstract))
+    except Exception as error:  # whatever a damaged file makes of its reader
+        return f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
+    changed = sorted(name for name in written.keys() | found.keys() if written.get(name) != found.get(name))
+    return f"changed since it was written: {', '.join(changed[:3])}" if changed else None
+
+
+def checksums(tree: Any) -> dict[str, int]:
+    """A checksum of every array, by its path: of its bits and their places, whatever devices hold them."""
+    leaves = {_name(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(tree)}
+    sums = _checksums(list(leaves.values()))
+    return {name: int(value) for name, value in zip(leaves, sums, strict=True)}
+
+
+def _name(path: tuple) -> str:
+    """A path in a tree of attributes, keys and NNX variables, alike for a state and for what Orbax loads."""
+    keys = [str(getattr(key, "name", getattr(key, "key", getattr(key, "idx", key)))) for key in path]
+    return ".".join(key for key in keys if key not in ("value", "raw_value"))
+
+
+@jax.jit
+def _checksums(arrays: list[jax.Array]) -> list[jax.Array]:
+    return [_checksum(array) for array in arrays]
+
+
+def _checksum(array: jax.Array) -> jax.Array:
+    """uint32: a sum, in any order, of all bits times weights by their places; modulo 2 ** 32."""
+    bits = jax.lax.bitcast_convert_type(array, jnp.dtype(f"uint{8 * array.dtype.itemsize}"))
+    place = jnp.zeros(array.shape, jnp.uint32)
+    for axis, size in enumerate(array.shape):
+        place = place * jnp.uint32(size) + jax.lax.broadcasted_iota(jnp.uint32, array.shape, axis)
+    weight = place * jnp.uint32(2654435761) | jnp.uint32(1)
+    return (bits.astype(jnp.uint32) * weight).sum(dtype=jnp.uint32)
+
+
+def fingerprint(module: nnx.Module) -> str:
+    """Of a module's parameters: names, shapes, dtypes and values, whatever devices hold them."""
+    state = nnx.state(module)
+    shapes = {_name(path): (x.shape, str(x.dtype)) for path, x in jax.tree_util.tree_leaves_with_path(state)}
+    return hashlib.sha256(json.dumps([shapes, checksums(state)], sort_keys=True).encode()).hexdigest()[:16]
+
+
+def differences(there: Any, wanted: Any, key: str = "") -> list[str]:
+    """What differs in two JSON values: "key: this there, that wanted"."""
+    if isinstance(there, dict) and isinstance(wanted, dict):
+        return [
+            difference
+            for k in sorted(there.keys() | wanted.keys())
+            for difference in differences(there.get(k), wanted.get(k), f"{key}.{k}")
+        ]
+    return [] if there == wanted else [f"{key.removeprefix('.')} is {there!r} there, {wanted!r} here"]

@@ -1,0 +1,58 @@
+"""Several hosts that train together: one process each, all running the same program.
+
+The first host decides what is a matter of files and clocks, and does what is done once; the others are told.
+"""
+
+from collections.abc import Sequence
+
+import jax
+import numpy as np
+from jax.experimental import multihost_utils
+from jax.sharding import NamedSharding, PartitionSpec
+
+
+def join(where: Sequence[str]) -> None:
+    """Makes this process one of several. To be called before anything else of JAX is.
+
+    where: nothing on TPU pods, GKE and Slurm, where JAX finds out by itself; else the address of the first
+    process (host:port), the number of processes, and the number of this one.
+    Raises ValueError for anything else, RuntimeError when the others can't be reached.
+    """
+    if len(where) not in (0, 3):
+        raise ValueError(
+            f"--distributed {' '.join(where)}: give nothing, or ADDRESS:PORT NUMBER_OF_PROCESSES NUMBER."
+        )
+    # SIGTERM is the training loop's: see `train`.
+    jax.config.update("jax_enable_preemption_service", False)
+    jax.config.update("jax_cpu_collectives_implementation", "gloo")
+    if where:
+        address, number, index = where
+        if not (number.isdecimal() and index.isdecimal() and int(index) < int(number)):
+            raise ValueError(f"--distributed: {index} is no number of one of {number} processes, from 0.")
+        jax.distributed.initialize(address, int(number), int(index))
+    else:
+        jax.distributed.initialize()
+
+
+def is_first() -> bool:
+    """Whether this host is the one that writes and prints."""
+    return jax.process_index() == 0
+
+
+def say(text: str) -> None:
+    """Prints on the first host."""
+    if is_first():
+        print(text, flush=True)
+
+
+def agreed(number: int) -> int:
+    """The number that the first host has. All hosts must call this."""
+    return int(multihost_utils.broadcast_one_to_all(np.int32(number)))
+
+
+def whole(array: jax.Array | np.ndarray) -> np.ndarray:
+    """All of an array, also of one that is split over hosts; all of them must call this then."""
+    if isinstance(array, jax.Array) and not (array.is_fully_addressable or array.is_fully_replicated):
+        everywhere = NamedSharding(array.sharding.mesh, PartitionSpec())
+        array = jax.jit(lambda x: x, out_shardings=everywhere)(array)
+    return np.asarray(array)
