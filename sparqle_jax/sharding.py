@@ -110,7 +110,7 @@ def state_sharding(state: nnx.State, mesh: Mesh) -> nnx.State:
                 problems.append(f"  {name} {shape}: {size} is not a multiple of {axis}={mesh.shape[axis]}")
             if axis is not None and spec.count(axis) > 1:
                 problems.append(f"  {name} {shape}: {size} is not the only dimension on {axis} ({axes})")
-        return variable.replace(NamedSharding(mesh, PartitionSpec(*spec)))
+        return variable.replace(NamedSharding(mesh, PartitionSpec(*([] if problems else spec))))
 
     flat = [(path, sharding(path, variable)) for path, variable in nnx.to_flat_state(state)]
     if problems:
