@@ -7,7 +7,9 @@ appears only when it is whole, and can be read on any mesh and number of hosts.
 
 import hashlib
 import json
+import os
 import shutil
+import subprocess
 import sys
 from typing import Any
 
@@ -147,22 +149,32 @@ class Checkpoints:
 
 
 def _damage(folder: epath.Path) -> str | None:
-    """What is wrong with a checkpoint, read as a whole by this host alone; None for one that is whole."""
-    alone = ocp.options.MultiprocessingOptions(
-        primary_host=jax.process_index(),
-        active_processes={jax.process_index()},
-        barrier_sync_key_prefix="verify",
+    """What is wrong with a checkpoint; None for one that is whole.
+
+    It is read by a process of its own, on a CPU: Orbax has all hosts read together, and would have them wait
+    for one that fails.
+    """
+    read = subprocess.run(
+        [sys.executable, "-m", "sparqle_jax.checkpoint", str(folder)],
+        env=os.environ | {"JAX_PLATFORMS": "cpu"},
+        capture_output=True,
+        text=True,
     )
-    try:
-        with ocp.Context(multiprocessing_options=alone):
-            metadata = ocp.metadata(folder)
-            written = metadata.custom_metadata["checksums"]
-            abstract = jax.tree.map(lambda x: np.zeros(x.shape, x.dtype), metadata.metadata)
-            found = checksums(ocp.load(folder, abstract_state=abstract))
-    except Exception as error:  # whatever a damaged file makes of its reader
-        return f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
-    changed = sorted(name for name in written.keys() | found.keys() if written.get(name) != found.get(name))
-    return f"changed since it was written: {', '.join(changed[:3])}" if changed else None
+    if read.returncode:
+        lines = [line for line in read.stderr.splitlines() if line.strip()]
+        return lines[-1] if lines else f"its reader ended with status {read.returncode}"
+    return None
+
+
+def check(folder: epath.Path) -> None:
+    """Reads a checkpoint. Raises ValueError, or whatever Orbax does, when it is not as it was written."""
+    metadata = ocp.metadata(folder)
+    written = metadata.custom_metadata["checksums"]
+    abstract = jax.tree.map(lambda x: np.zeros(x.shape, x.dtype), metadata.metadata)
+    found = checksums(ocp.load(folder, abstract_state=abstract))
+    changed = sorted(k for k in written.keys() | found.keys() if written.get(k) != found.get(k))
+    if changed:
+        raise ValueError(f"changed since it was written: {', '.join(changed[:3])}")
 
 
 def checksums(tree: Any) -> dict[str, int]:
@@ -209,3 +221,7 @@ def differences(there: Any, wanted: Any, key: str = "") -> list[str]:
             for difference in differences(there.get(k), wanted.get(k), f"{key}.{k}")
         ]
     return [] if there == wanted else [f"{key.removeprefix('.')} is {there!r} there, {wanted!r} here"]
+
+
+if __name__ == "__main__":
+    check(epath.Path(sys.argv[1]))

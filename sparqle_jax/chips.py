@@ -18,7 +18,7 @@ from jax.experimental import topologies
 class Chip:
     """One generation of chips. The peak is that of dense products in bfloat16.
 
-    hbm_bytes: the whole memory; the runtime keeps up to 1 GiB of it for itself.
+    hbm_bytes: the whole memory, of which programs get up to 2.5 GiB less; the compiler says how much.
     ici_bandwidth: of all links to other chips of the slice together, both directions added.
     dcn_bandwidth: to other slices, over the host's network: its NICs' bandwidth by the chips that share it.
     devices: how many `jax.Device` a chip is. cores: what the number in a slice's name counts per chip.

@@ -27,6 +27,7 @@ from sparqle_jax.adapters.qformer import QFormer
 from sparqle_jax.compat import Compat, check_compat
 from sparqle_jax.encoders.hubert import Hubert
 from sparqle_jax.llms.decoder import Decoder
+from sparqle_jax.sharding import split_batch
 
 Batch = Mapping[str, jax.Array]
 
@@ -197,7 +198,7 @@ class SparQLe(nnx.Module):
         frames, frames_mask = encode_speech(self.encoder, batch, self.compat)
         if self.compat == "published":
             frames_mask = None  # the published Q-Former looks at padding as well
-        return self.projection(self.adapter(frames, frames_mask, key))
+        return split_batch(self.projection(self.adapter(frames, frames_mask, key)))
 
     def embed_prompt(self, batch: Batch, key: jax.Array | None = None) -> tuple[jax.Array, jax.Array]:
         """All that the LLM reads before it answers: embeddings [B, L, M] and their mask bool [B, L].
