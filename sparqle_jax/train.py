@@ -605,7 +605,7 @@ class Run:
         test_speech: dict[str, Waveforms],
         make_examples: Callable[[Waveforms, Plan], AlignmentExamples | InstructionExamples],
     ) -> None:
-        plan = _make_plan(self.config, speech.corpus, config)
+        plan = make_plan(self.config, speech.corpus, config)
         parts = batch_parts(self.mesh)
         needed = parts * getattr(config, "accumulate", 1)
         for bucket in plan.buckets:
@@ -676,7 +676,8 @@ def _tasks_of(corpus: Corpus, tasks: dict[str, float]) -> dict[str, float]:
     return {task: weight for task, weight in tasks.items() if task in there} or {TRANSCRIBE: 1.0}
 
 
-def _make_plan(config: Config, corpus: Corpus, stage: StageConfig) -> Plan:
+def make_plan(config: Config, corpus: Corpus, stage: StageConfig) -> Plan:
+    """The batches of a stage. Raises ValueError as `Plan` does."""
     buckets = config.data.buckets
     lengths = (
         choose_buckets(corpus.num_samples, buckets)

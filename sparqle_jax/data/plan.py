@@ -62,6 +62,15 @@ class Bucket:
     batch_size: int
 
 
+def batch_sizes(
+    lengths: Sequence[int], batch_size: int, multiple: int, longest: int | None = None
+) -> list[Bucket]:
+    """Buckets of these lengths in samples, each with a batch of about as many seconds as `batch_size` of the
+    longest are, and a multiple of `multiple`."""
+    longest = longest or lengths[-1]
+    return [Bucket(n, max(batch_size * longest // n // multiple * multiple, multiple)) for n in lengths]
+
+
 class Plan:
     """Batches without end, in epochs.
 
@@ -105,10 +114,7 @@ class Plan:
 
         lengths = list(buckets)
         while True:
-            self.buckets = [
-                Bucket(n, max(batch_size * buckets[-1] // n // multiple * multiple, multiple))
-                for n in lengths
-            ]
+            self.buckets = batch_sizes(lengths, batch_size, multiple, longest=buckets[-1])
             group = np.searchsorted(lengths, num_samples).astype(np.uint16) * len(sizes) + data_set
             counts = np.bincount(group, minlength=len(lengths) * len(sizes)).reshape(len(lengths), -1)
             # In an epoch, by bucket and data set; of a bucket that has any, one at least.
