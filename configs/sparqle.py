@@ -2,27 +2,45 @@
 
     python -m sparqle_jax.train configs/sparqle.py --set data.train=FOLDER
 
-The folders are as `hf download` leaves them; learning rate and warm-up are the reference's.
+Planned for a slice of 16 chips (v5e-16, v6e-16, v4-32), and fits fewer of the larger ones (v5p-8):
+`python -m sparqle_jax.plan_tpu configs/sparqle.py --topology v5e-16`. The folders are as `hf download`
+leaves them; learning rate and warm-up are the reference's.
 """
 
 from pathlib import Path
 
-from sparqle_jax.config import AdapterConfig, Config, DataConfig, OptimConfig, Stage1Config, Stage2Config
+from sparqle_jax.config import (
+    AdapterConfig,
+    Config,
+    DataConfig,
+    MeshConfig,
+    OptimConfig,
+    Stage1Config,
+    Stage2Config,
+)
 
 
 def get_config() -> Config:
     optim = OptimConfig(lr=1e-4, warmup_steps=1000, weight_decay=0.05, final_lr=0.1)
     return Config(
         run=Path("runs/sparqle"),
+        mesh=MeshConfig(data=1, fsdp=-1),  # the LLM is too large to be whole on every chip
         encoder=Path("hubert-large-ll60k"),
         llm=Path("Meta-Llama-3-8B-Instruct"),
-        data=DataConfig(train="data/train", test={"test": "data/test"}, batch_multiple=16, workers=16),
+        data=DataConfig(
+            train="data/train",
+            test={"test": "data/test"},
+            max_seconds=30.0,
+            buckets=4,
+            batch_multiple=16,
+            workers=16,
+        ),
         adapter=AdapterConfig(
             start=Path("bert-base-uncased"),
             tokenizer=Path("bert-base-uncased"),
             sizes=dict(num_queries=100, cross_attention_freq=2),
         ),
-        stage1=Stage1Config(steps=100_000, batch_size=64, optim=optim),
-        stage2=Stage2Config(steps=50_000, batch_size=64, optim=optim),
+        stage1=Stage1Config(steps=100_000, batch_size=32, optim=optim),
+        stage2=Stage2Config(steps=50_000, batch_size=32, optim=optim, remat="full"),
         dtype="bfloat16",
     )

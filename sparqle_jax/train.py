@@ -349,14 +349,16 @@ def _explain(step: int, values: dict[str, float], stage: Stage, folder: epath.Pa
 def _signals() -> Iterator[Callable[[], int]]:
     """Catches Ctrl-C and SIGTERM meanwhile; the function given says which has come, 0 for none.
 
-    A second one interrupts at once.
+    A second Ctrl-C interrupts at once.
     """
     came: list[int] = []
     numbers = (signal.SIGINT, signal.SIGTERM)
 
     def remember(number: int, _) -> None:
-        if came:
+        if came and number == signal.SIGINT:
             raise KeyboardInterrupt
+        if came:  # whoever shuts a host down may send several SIGTERMs
+            return
         came.append(number)
         print("\nstopping after this step, with a checkpoint ...", file=sys.stderr, flush=True)
 
