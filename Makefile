@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 export TRANSFORMERS_NO_ADVISORY_WARNINGS ?= 1
 export JAX_COMPILATION_CACHE_DIR ?= $(CURDIR)/.cache/jax
 
-.PHONY: help setup demo demo-from-scratch test parity fullsize bench-data lint format clean
+.PHONY: help setup demo demo-from-scratch test test-hosts test-faults parity fullsize bench-data lint format clean
 
 help:  ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/' | expand -t 20
@@ -38,6 +38,13 @@ demo-from-scratch: $(VENV)/.ready  ## the miniature with its towers and stage 1:
 test: $(VENV)/.ready  ## everything that needs no PyTorch
 	$(BIN)/pytest --numprocesses=auto --maxprocesses=4 --dist=loadfile
 
+test-hosts: $(VENV)/.ready  ## several processes that train together, as the hosts of a pod do
+	$(BIN)/pytest tests/hosts
+
+KILLS ?= 20
+test-faults: $(VENV)/.ready  ## a run of two processes, killed KILLS times (20), must end as if it never was
+	$(BIN)/python -m tests.hosts.faults --kills $(KILLS)
+
 parity: $(VENV)/.ready-parity  ## the same numbers as PyTorch
 	$(BIN)/pytest tests/parity
 
@@ -47,9 +54,10 @@ fullsize: $(VENV)/.ready-parity  ## full-size towers: HuBERT-large against PyTor
 bench-data: $(VENV)/.ready-parity  ## how fast data are read, beside soundfile and PyTorch's DataLoader
 	$(BIN)/python -m benchmarks.data
 
-lint: $(VENV)/.ready  ## ruff: lint and format
+lint: $(VENV)/.ready  ## ruff, and shellcheck
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(BIN)/shellcheck launch/*.sh
 
 format: $(VENV)/.ready  ## mend what lint finds
 	$(BIN)/ruff check --fix .

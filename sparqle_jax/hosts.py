@@ -3,12 +3,13 @@
 The first host decides what is a matter of files and clocks, and does what is done once; the others are told.
 """
 
-from collections.abc import Sequence
+import functools
+from collections.abc import Callable, Sequence
 
 import jax
 import numpy as np
 from jax.experimental import multihost_utils
-from jax.sharding import NamedSharding, PartitionSpec
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 
 def join(where: Sequence[str]) -> None:
@@ -53,6 +54,10 @@ def agreed(number: int) -> int:
 def whole(array: jax.Array | np.ndarray) -> np.ndarray:
     """All of an array, also of one that is split over hosts; all of them must call this then."""
     if isinstance(array, jax.Array) and not (array.is_fully_addressable or array.is_fully_replicated):
-        everywhere = NamedSharding(array.sharding.mesh, PartitionSpec())
-        array = jax.jit(lambda x: x, out_shardings=everywhere)(array)
+        array = _gather(array.sharding.mesh)(array)
     return np.asarray(array)
+
+
+@functools.cache
+def _gather(mesh: Mesh) -> Callable[[jax.Array], jax.Array]:
+    return jax.jit(lambda x: x, out_shardings=NamedSharding(mesh, PartitionSpec()))

@@ -423,7 +423,7 @@ class _Log:
         # What a killed run wrote after its last checkpoint is done again; its last line may be half a line.
         lines = self.file.read_text().splitlines(keepends=True) if self.file.exists() else []
         self.lines = [line for line in lines if line.endswith("\n") and json.loads(line)["step"] <= start]
-        self.skipped = json.loads(self.lines[-1]).get("skipped", 0) if self.lines else 0
+        self.skipped = max((json.loads(line).get("skipped", 0) for line in self.lines), default=0)
         self.board = None
         if hosts.is_first():
             _write_text(self.file, "".join(self.lines))

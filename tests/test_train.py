@@ -12,11 +12,12 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
-from safetensors.numpy import load_file
+from safetensors.numpy import load_file, save_file
 
 from sparqle_jax import train
 from sparqle_jax.data.dataset import CorruptRecord, DataSet
 from sparqle_jax.data.plan import Plan, choose_buckets
+from sparqle_jax.demo.__main__ import MODELS
 from sparqle_jax.sharding import make_mesh
 from sparqle_jax.transcribe import Listener
 
@@ -69,7 +70,7 @@ def arguments(run: Path, world: Path, *more: str) -> list[str]:
 def whole(tmp_path_factory, small_world) -> Path:
     """A run that was never stopped."""
     run = tmp_path_factory.mktemp("runs") / "whole"
-    assert train.main(arguments(run, small_world)) == 0
+    assert train.main([*arguments(run, small_world), "--profile", "1"]) == 0
     return run
 
 
@@ -88,6 +89,7 @@ def test_a_run_leaves_what_it_promises(whole):
         assert [row["step"] for row in rows] == [1, 2, 3, 4]
         assert parts | {"loss", "gradient_norm", "lr"} <= rows[0].keys()
         assert list((whole / stage / "tensorboard").iterdir())
+        assert list((whole / stage / "profile").rglob("*.xplane.pb"))
     scores = json.loads((whole / "stage2" / "results.json").read_text())
     assert scores["heard"].keys() == {"transcribe", "fr"}
     assert json.loads((whole / "stage1" / "results.json").read_text())["heard"].keys() == {
@@ -155,6 +157,19 @@ def test_another_configuration_does_not_go_on_in_a_runs_folder(whole, small_worl
     assert message in capsys.readouterr().err
 
 
+def test_a_run_goes_on_with_towers_elsewhere_but_not_with_others(whole, small_world, tmp_path, capsys):
+    run, llm = tmp_path / "run", tmp_path / "llm"
+    shutil.copytree(whole, run)
+    shutil.copytree(MODELS / "llm", llm)
+    assert train.main(arguments(run, small_world, f"llm={llm}")) == 0
+    weights = load_file(llm / "model.safetensors")
+    weights["model.norm.weight"][3] += 1e-3
+    save_file(weights, llm / "model.safetensors", {"format": "pt"})
+    with pytest.raises(SystemExit):
+        train.main(arguments(run, small_world, f"llm={llm}"))
+    assert re.search(r"holds another run: llm is '\w+' there, '\w+' here", capsys.readouterr().err)
+
+
 def test_other_data_under_the_same_name_do_not_go_on(whole, small_world, tmp_path, capsys):
     run, data = tmp_path / "moved", tmp_path / "data"
     shutil.copytree(whole, run)
@@ -181,6 +196,9 @@ def test_a_mixture_in_buckets_compiles_a_step_for_each(small_world, tmp_path, ca
         "data.buckets=[1.9, 3.0]",
         "stage2.batch_size=1",  # with which no bucket is joined with another
         "stage2.steps=9",
+        "stage2.save_every=3",
+        "stage2.keep=1",
+        "stage2.test_every=3",
         "stage2.evaluate=false",
     ]
     assert train.main(arguments(tmp_path / "run", small_world, *changes)) == 0
@@ -190,8 +208,12 @@ def test_a_mixture_in_buckets_compiles_a_step_for_each(small_world, tmp_path, ca
         ("1", "1.90"),
     ]
     rows = metrics(tmp_path / "run", "stage2")
-    assert len(rows) == 9
-    assert all(0 < row["padding"] < 0.6 for row in rows)
+    assert [row["step"] for row in rows if "loss" in row] == list(range(1, 10))
+    assert all(0 < row["padding"] < 0.6 for row in rows if "loss" in row)
+    tested = {row["step"]: row["test_loss"] for row in rows if "test_loss" in row}
+    assert list(tested) == [3, 6, 9]
+    kept = {int(path.name) for path in (tmp_path / "run" / "stage2" / "checkpoints").glob("[0-9]*")}
+    assert kept == {9, min(tested, key=tested.get)}
 
 
 def test_a_corrupt_record_stops_training_and_is_skipped_when_told_to(small_world, tmp_path, capsys):
@@ -254,6 +276,12 @@ def test_a_step_that_is_not_finite_stops_and_can_be_done_again(small_world, tmp_
         ('test_languages=["klingonish"]', "'klingonish' is neither a language's name nor its code"),
         ("adapter.sizes.hidden=3", "there are no keys ['hidden']"),
         ("adapter.sizes.max_position_embeddings=4", "make max_position_embeddings larger"),
+        ("mesh.data=3", "a mesh of data=3, fsdp=1, model=1 needs 3 devices, but there are 8"),
+        ("mesh.fsdp=3", "a mesh of data=-1, fsdp=3, model=1 needs a multiple of 3 devices"),
+        ("stage2.batch_size=12", "batches of 12 can't be split into 8 equal parts"),
+        ("stage2.accumulate=2", "batches of 8 can't be split into 16 equal parts"),
+        ("stage1.test_every=3", "test_every=3 is not a multiple of save_every=2"),
+        ("run=DATA/train/dataset_info.json/run", "nothing can be written to run="),
         ("stage2.batch_size=25", "24 examples, fewer than a batch of 25"),
         ("data.max_text_tokens=3", "tokens, more than data.max_text_tokens=3"),
     ],
