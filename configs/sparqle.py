@@ -41,6 +41,6 @@ def get_config() -> Config:
             sizes=dict(num_queries=100, cross_attention_freq=2),
         ),
         stage1=Stage1Config(steps=100_000, batch_size=32, optim=optim),
-        stage2=Stage2Config(steps=50_000, batch_size=32, optim=optim, remat="full"),
+        stage2=Stage2Config(steps=50_000, batch_size=64, optim=optim, remat="full"),
         dtype="bfloat16",
     )

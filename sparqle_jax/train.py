@@ -240,6 +240,9 @@ def train(
             workers=workers,
             sharding=batch_sharding(mesh),
         )
+        # Of which steps a trace is made; 0 is none.
+        first = min(start + 3, config.steps) if profile and hosts.is_first() else 0
+        last = min(first + profile - 1, config.steps)
         running: deque[tuple[int, Any]] = deque()  # steps that the devices may still be at
         with _signals() as signalled, _Log(folder, stage, schedule, programs, start) as log:
 
@@ -259,19 +262,16 @@ def train(
             for step in range(start + 1, config.steps + 1):
                 with log.waiting():
                     batch = next(inputs)
-                if profile and step == start + 3 and hosts.is_first():
+                if step == first:
                     jax.profiler.start_trace(str(folder / "profile"))
-                program, control = (
-                    programs[plan.batch(step - 1).bucket],
-                    _control(mesh, seed, step, signalled()),
-                )
+                program = programs[plan.batch(step - 1).bucket]
+                control = _control(mesh, seed, step, signalled())
                 state, metrics = program.run(state, frozen, batch, control)
                 running.append((step, metrics))
                 save = step % config.save_every == 0 or step == config.steps
                 # While a step runs the next one waits on the device, and no more: a signal is known soon.
-                came = settle(0 if save else 1)
-                if profile and step == min(start + 2 + profile, config.steps) and hosts.is_first():
-                    settle(0)
+                came = settle(0 if save or step == last else 1)
+                if first and step == last:
                     jax.profiler.stop_trace()
                 if save or came:
                     came = max(came, settle(0))
