@@ -16,6 +16,7 @@ import argparse
 import dataclasses
 import functools
 import json
+import os
 import re
 import signal
 import sys
@@ -23,6 +24,7 @@ import tempfile
 import time
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -297,20 +299,22 @@ def _compile(
     update: Callable, state: TrainState, frozen: nnx.State, stage: Stage, mesh: Mesh
 ) -> list[Program]:
     """A program for each bucket. Compiled ahead, so that a batch of another shape is an error, and not
-    another minute of compiling; the longest first, so that what does not fit is known soon."""
-    began, programs = time.monotonic(), {}
-    for batch in reversed(stage.plan.one_of_each()):
-        seconds = batch.num_samples / audio.SAMPLE_RATE
+    another minute of compiling; all at once, as the compiler uses few cores for one."""
+    began, steps = time.monotonic(), []
+    for batch in stage.plan.one_of_each():
         hosts.say(
-            f"{stage.name}: compiling a step of {len(batch.indices)} recordings of up to {seconds:.2f} s for "
-            f"{mesh.size} x {mesh.devices.flat[0].device_kind} ..."
+            f"{stage.name}: compiling a step of {len(batch.indices)} recordings of up to "
+            f"{batch.num_samples / audio.SAMPLE_RATE:.2f} s for {mesh.size} x "
+            f"{mesh.devices.flat[0].device_kind} ..."
         )
         arrays = _abstract_batch(stage.examples, batch, mesh)
         with jax.set_mesh(mesh):
             traced = update.trace(state, frozen, arrays, _control(mesh, 0, 1, 0))
-            programs[batch.bucket] = Program(traced.lower().compile(), flops.count(traced.jaxpr).model)
+            steps.append((traced.lower(), flops.count(traced.jaxpr).model))
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        programs = list(pool.map(lambda step: Program(step[0].compile(), step[1]), steps))
     hosts.say(f"{stage.name}: compiled in {time.monotonic() - began:.0f} s")
-    return [programs[bucket] for bucket in sorted(programs)]
+    return programs
 
 
 def _abstract_batch(examples: Examples, batch: Batch, mesh: Mesh) -> dict[str, jax.ShapeDtypeStruct]:
@@ -854,7 +858,10 @@ def main(argv: list[str] | None = None) -> int:
     try:
         if args.distributed is not None:
             hosts.join(args.distributed)
-        run = Run(read_config(args.config, args.set))
+        config = read_config(args.config, args.set)
+        if jax.config.jax_compilation_cache_dir is None:  # who goes on need not compile again
+            jax.config.update("jax_compilation_cache_dir", str(config.run / "compiled"))
+        run = Run(config)
         run.train(args.profile)
     except KeyboardInterrupt:
         return 128 + signal.SIGINT
@@ -866,7 +873,7 @@ def main(argv: list[str] | None = None) -> int:
         return FAILED
     except (ValueError, FileNotFoundError) as error:
         parser.error(str(error))  # with status 2
-    hosts.say(f"done: {run.config.run}")
+    hosts.say(f"done: {config.run}")
     return 0
 
 
