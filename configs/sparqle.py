@@ -32,7 +32,7 @@ def get_config() -> Config:
             test={"test": "data/test"},
             max_seconds=30.0,
             buckets=4,
-            batch_multiple=16,
+            batch_multiple=32,  # two slices of 16 chips as well
             workers=16,
         ),
         adapter=AdapterConfig(

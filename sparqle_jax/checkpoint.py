@@ -26,7 +26,10 @@ Identity = dict[str, Any]  # of a run, as JSON: what must be the same when it go
 
 
 class CheckpointError(Exception):
-    """A checkpoint could not be written."""
+    """A checkpoint could not be written, or there are some and none can be used."""
+
+
+DAMAGED = 4  # the exit status of this module's command for a checkpoint that is not as it was written
 
 
 class Checkpoints:
@@ -34,6 +37,7 @@ class Checkpoints:
 
     identity: of this run; a checkpoint of another is an error. All hosts make one, and call its methods
     together. Use as a context manager: at the end it waits for what is still being written.
+    Raises CheckpointError when the newest can't be read, or none of those that are there is whole.
     """
 
     def __init__(self, folder: epath.Path, identity: Identity, *, keep: int):
@@ -42,7 +46,12 @@ class Checkpoints:
         best = policies.BestN(
             get_metric_fn=lambda metrics: -metrics["test_loss"], n=1, keep_checkpoints_without_metrics=False
         )
-        self._latest = hosts.agreed(self._find_latest() if hosts.is_first() else -1)
+        latest, problem = self._find_latest() if hosts.is_first() else (-1, "")
+        if hosts.largest(bool(problem)):
+            raise CheckpointError(
+                problem or f"the checkpoints in {folder} can't be used; see the first host."
+            )
+        self._latest = hosts.agreed(latest)
         self._checkpointer = ocp.training.Checkpointer(
             self.folder,
             preservation_policy=policies.AnyPreservationPolicy([policies.LatestN(keep), best]),
@@ -55,7 +64,7 @@ class Checkpoints:
 
     def __exit__(self, kind: type | None, *_) -> None:
         try:
-            self._wait()
+            self.wait()
         except CheckpointError:
             if kind is None:
                 raise
@@ -63,27 +72,26 @@ class Checkpoints:
             self._checkpointer.close()
 
     def restore(self, state: Any) -> Any | None:
-        """The newest state that is whole, on the devices where `state` (arrays, or abstract) says; or None.
+        """The newest state that is whole, on the devices where the abstract `state` says; or None.
 
-        Raises ValueError, listing the differences, when it is of another run.
+        Raises CheckpointError, listing the differences, when it is of another run.
         """
         if self._latest < 0:
             return None
         there = self._checkpointer.metadata(self._latest).custom_metadata["identity"]
         if wrong := differences(there, self.identity):
-            raise ValueError(
+            raise CheckpointError(
                 f"the checkpoints in {self.folder} are of another run: {'; '.join(wrong)}. Choose another "
                 "folder with --set run=FOLDER, or delete that one."
             )
-        abstract = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), state)
-        return self._checkpointer.load(self._latest, abstract_state=abstract)
+        return self._checkpointer.load(self._latest, abstract_state=state)
 
     def save(self, step: int, state: Any, metrics: dict[str, float] | None = None) -> None:
         """Begins to write the state; the next save, or the end, waits until that is done.
 
         metrics: "test_loss", where it was measured. Raises CheckpointError, for this or the one before.
         """
-        self._wait()
+        self.wait()
         if step == self._latest:
             return
         self._check_room(step, state)
@@ -99,7 +107,8 @@ class Checkpoints:
             raise self._failed(step, error) from error
         self._latest = step
 
-    def _wait(self) -> None:
+    def wait(self) -> None:
+        """Waits until what is being written is whole. Raises CheckpointError when it can't be."""
         if self._writing is not None:
             writing, self._writing = self._writing, None
             try:
@@ -127,32 +136,38 @@ class Checkpoints:
     def _is_local(self) -> bool:
         return "://" not in str(self.folder)
 
-    def _find_latest(self) -> int:
-        """The newest step whose checkpoint is as it was written; -1 for none. Damaged ones are set aside."""
+    def _find_latest(self) -> tuple[int, str]:
+        """The newest step whose checkpoint is as it was written, -1 for none; and what is wrong if that can't
+        be told. Damaged ones are set aside."""
         names = [path.name for path in self.folder.iterdir()] if self.folder.exists() else []
         steps = sorted((int(name) for name in names if name.isdecimal()), reverse=True)
+        if not self._is_local():  # in a bucket, one that is not whole has its name already
+            steps = [step for step in steps if (self.folder / str(step) / "commit_success.txt").exists()]
         for step in steps:
-            damage = _damage(self.folder / str(step))
-            if damage is None:
-                return step
+            status, told = _read_apart(self.folder / str(step))
+            if status == 0:
+                return step, ""
+            if status != DAMAGED:
+                return -1, f"the checkpoint of step {step} in {self.folder} can't be read: {told}"
             aside = self.folder / f"damaged-{step}"
             if aside.exists():
                 aside.rmtree()
             (self.folder / str(step)).rename(aside)
             print(
-                f"WARNING: the checkpoint of step {step} in {self.folder} is damaged ({damage}): it is now "
+                f"WARNING: the checkpoint of step {step} in {self.folder} is damaged ({told}): it is now "
                 f"{aside.name}, and the one before it is used.",
                 file=sys.stderr,
                 flush=True,
             )
-        return -1
+        if steps:
+            return -1, f"no checkpoint in {self.folder} is whole. To begin anew, delete that folder."
+        return -1, ""
 
 
-def _damage(folder: epath.Path) -> str | None:
-    """What is wrong with a checkpoint; None for one that is whole.
+def _read_apart(folder: epath.Path) -> tuple[int, str]:
+    """Reads a checkpoint in a process of its own, on a CPU: its exit status, and what it says.
 
-    It is read by a process of its own, on a CPU: Orbax has all hosts read together, and would have them wait
-    for one that fails.
+    Orbax has all hosts read together, and would have them wait for one that fails.
     """
     read = subprocess.run(
         [sys.executable, "-m", "sparqle_jax.checkpoint", str(folder)],
@@ -160,10 +175,8 @@ def _damage(folder: epath.Path) -> str | None:
         capture_output=True,
         text=True,
     )
-    if read.returncode:
-        lines = [line for line in read.stderr.splitlines() if line.strip()]
-        return lines[-1] if lines else f"its reader ended with status {read.returncode}"
-    return None
+    lines = [line for line in read.stderr.splitlines() if line.strip()]
+    return read.returncode, lines[-1] if lines else f"its reader ended with status {read.returncode}"
 
 
 def check(folder: epath.Path) -> None:
@@ -223,5 +236,17 @@ def differences(there: Any, wanted: Any, key: str = "") -> list[str]:
     return [] if there == wanted else [f"{key.removeprefix('.')} is {there!r} there, {wanted!r} here"]
 
 
+def main(folder: str) -> int:
+    """0 for a checkpoint that is as it was written, DAMAGED for one that is not; says why."""
+    try:
+        check(epath.Path(folder))
+    except (PermissionError, ConnectionError, TimeoutError, MemoryError):
+        raise  # these are not the checkpoint's fault
+    except Exception as error:  # whatever a damaged file makes of its reader
+        print(f"{type(error).__name__}: {' '.join(str(error).split())[:300]}", file=sys.stderr)
+        return DAMAGED
+    return 0
+
+
 if __name__ == "__main__":
-    check(epath.Path(sys.argv[1]))
+    sys.exit(main(sys.argv[1]))

@@ -1,8 +1,8 @@
 """How many floating-point operations a step takes: counted in the program, and from formulas alone.
 
 Both count matrix products and convolutions, 2 per multiplication and addition, and nothing else: the rest
-is a few per cent, and runs elsewhere on the chip. Model FLOP utilisation divides `analytic` by the time and
-the chips' peak (`chips.py`); `count` tells what the program does beyond that.
+is a few per cent, and runs elsewhere on the chip. They agree on what the model needs; `count` tells what the
+program computes again beyond that. Model FLOP utilisation divides by the time and the chips' peak.
 """
 
 import dataclasses

@@ -51,6 +51,11 @@ def agreed(number: int) -> int:
     return int(multihost_utils.broadcast_one_to_all(np.int32(number)))
 
 
+def largest(number: int) -> int:
+    """The largest of the numbers that the hosts have. All hosts must call this."""
+    return int(np.max(multihost_utils.process_allgather(np.int32(number))))
+
+
 def whole(array: jax.Array | np.ndarray) -> np.ndarray:
     """All of an array, also of one that is split over hosts; all of them must call this then."""
     if isinstance(array, jax.Array) and not (array.is_fully_addressable or array.is_fully_replicated):

@@ -121,6 +121,16 @@ def state_sharding(state: nnx.State, mesh: Mesh) -> nnx.State:
     return nnx.from_flat_state(flat)
 
 
+def gathered(shardings: nnx.State) -> nnx.State:
+    """The same shardings, but whole over fsdp: for parameters that are few, and gathered once a step."""
+
+    def gather(sharding: NamedSharding) -> NamedSharding:
+        axes = [None if axis == "fsdp" else axis for axis in sharding.spec]
+        return NamedSharding(sharding.mesh, PartitionSpec(*axes))
+
+    return jax.tree.map(gather, shardings)
+
+
 def like_parameters(tree: Any, parameters: nnx.State, shardings: nnx.State, mesh: Mesh) -> Any:
     """The shardings of a tree such as an optimizer's state: copies of the parameters lie as those do.
 

@@ -14,6 +14,7 @@ configuration; 3 training can't go on: the numbers, the data or the disk are at 
 
 import argparse
 import dataclasses
+import errno
 import functools
 import json
 import os
@@ -65,6 +66,7 @@ from sparqle_jax.sharding import (
     MESH_AXES,
     batch_parts,
     batch_sharding,
+    gathered,
     like_parameters,
     make_mesh,
     replicated,
@@ -78,6 +80,7 @@ FREE = (
     r"run|mesh\..*|encoder|llm|data\.workers|data\.frames|data\.test\..*|data\.train\..*\.folder"
     r"|stage\d\.(save_every|keep|log_every)"
 )
+HOST_FAILED = 1000  # a "signal", larger than all, by which a host tells the others that it can't go on
 FAILED = 3  # the exit status when it is no use to try again
 
 
@@ -99,6 +102,10 @@ class Stopped(Exception):
     def __init__(self, text: str, number: int):
         super().__init__(text)
         self.status = 128 + number
+
+
+class HostFailed(Exception):
+    """Another host has found something with which training can't go on."""
 
 
 @dataclasses.dataclass
@@ -142,7 +149,7 @@ def state_shardings(trained: nnx.State, optimizer: optax.GradientTransformation,
 def make_update(
     graph: nnx.GraphDef,
     optimizer: optax.GradientTransformation,
-    shardings: TrainState | None = None,
+    shardings: TrainState,
     *,
     accumulate: int = 1,
 ) -> Callable:
@@ -151,7 +158,8 @@ def make_update(
     control: seed uint32, the run's; step int32, the number of steps done before this one; signal int32 [...],
     which any host may set, and all get in the metrics. A step whose loss or gradient is not finite changes
     nothing, nor does any step after it: metrics["finite"] tells.
-    shardings: of the TrainState; compile it within `jax.set_mesh` then. accumulate: see Stage2Config.
+    shardings: of the TrainState (`state_shardings`); to be compiled within `jax.set_mesh`. accumulate: see
+    Stage2Config.
     """
 
     def gradients_of(trained: nnx.State, frozen: nnx.State, batch: dict, key: jax.Array):
@@ -180,7 +188,10 @@ def make_update(
         skipped = batch.pop(SKIPPED)
         key = jax.random.fold_in(jax.random.key(control["seed"]), state.step)
         compute = gradients_of if accumulate == 1 else accumulated
-        (loss, parts), gradients = compute(state.trained, frozen, batch, key)
+        # What trains is small beside the towers: gathered once, it costs less than in every layer and pass.
+        whole = jax.lax.with_sharding_constraint(state.trained, gathered(shardings.trained))
+        (loss, parts), gradients = compute(whole, frozen, batch, key)
+        gradients = jax.lax.with_sharding_constraint(gradients, shardings.trained)
         norm = optax.tree.norm(gradients)
         with jax.named_scope("optimizer"):
             updates, optimizer_state = optimizer.update(gradients, state.optimizer, state.trained)
@@ -191,8 +202,6 @@ def make_update(
         metrics = {"loss": loss, **parts, "gradient_norm": norm, "skipped": skipped.sum()}
         return new, metrics | {"finite": finite, "signal": control["signal"].max()}
 
-    if shardings is None:
-        return jax.jit(update, donate_argnums=0)
     everywhere = NamedSharding(shardings.step.mesh, PartitionSpec())
     return jax.jit(update, donate_argnums=0, out_shardings=(shardings, everywhere))
 
@@ -220,13 +229,15 @@ def train(
     graph, trained, frozen = partition(model)
     optimizer, schedule = make_optimizer(config.optim, config.steps)
     shardings = state_shardings(trained, optimizer, mesh)
-    trained = jax.device_put(trained, shardings.trained)
     frozen = jax.device_put(frozen, state_sharding(frozen, mesh))
-    moments = jax.jit(optimizer.init, out_shardings=shardings.optimizer)(trained)
-    state = TrainState(jax.device_put(jnp.int32(0), shardings.step), trained, moments)
     with Checkpoints(folder / "checkpoints", identity, keep=config.keep) as checkpoints:
-        restored = checkpoints.restore(state)
-        state = state if restored is None else restored
+        state = checkpoints.restore(abstract_state(trained, optimizer, shardings))
+        if state is None:
+            trained = jax.device_put(trained, shardings.trained)
+            moments = jax.jit(optimizer.init, out_shardings=shardings.optimizer)(trained)
+            state = TrainState(jax.device_put(jnp.int32(0), shardings.step), trained, moments)
+            del moments  # a step takes the state's memory for the next one
+        del trained, model
         start = int(state.step)
         if start == config.steps:
             return nnx.merge(graph, state.trained, frozen)
@@ -242,11 +253,11 @@ def train(
             workers=workers,
             sharding=batch_sharding(mesh),
         )
-        # Of which steps a trace is made; 0 is none.
-        first = min(start + 3, config.steps) if profile and hosts.is_first() else 0
-        last = min(first + profile - 1, config.steps)
+        traced = range(min(start + 3, config.steps), min(start + 2 + profile, config.steps) + 1)
         running: deque[tuple[int, Any]] = deque()  # steps that the devices may still be at
         with _signals() as signalled, _Log(folder, stage, schedule, programs, start) as log:
+            if config.test_every and not start:  # finds out as well whether that fits
+                log.tested(0, tester(state.trained, frozen))
 
             def settle(leave: int) -> int:
                 """Waits for all steps but the last few, and returns the signal that came with them."""
@@ -255,44 +266,76 @@ def train(
                     step, metrics = running.popleft()
                     values = {name: float(value) for name, value in jax.device_get(metrics).items()}
                     came = max(came, int(values.pop("signal")))
+                    if came == HOST_FAILED:
+                        raise failure or HostFailed(
+                            f"{stage.name}: another host has failed; its log says why."
+                        )
                     if not values.pop("finite"):
                         checkpoints.save(step - 1, state)
+                        checkpoints.wait()
                         raise FloatingPointError(_explain(step, values, stage, folder))
                     log.finished(step, values)
                 return came
 
+            failure = None
             for step in range(start + 1, config.steps + 1):
-                with log.waiting():
-                    batch = next(inputs)
-                if step == first:
+                program, number = programs[plan.batch(step - 1).bucket], signalled()
+                try:
+                    with log.waiting():
+                        batch = next(inputs)
+                except CorruptRecord as error:  # of this host alone: the others learn it from this step
+                    batch, number, failure = program.blank(mesh), HOST_FAILED, error
+                if traced and step == traced[0] and hosts.is_first():
                     jax.profiler.start_trace(str(folder / "profile"))
-                program = programs[plan.batch(step - 1).bucket]
-                control = _control(mesh, seed, step, signalled())
-                state, metrics = program.run(state, frozen, batch, control)
+                state, metrics = program.run(state, frozen, batch, _control(mesh, seed, step, number))
                 running.append((step, metrics))
                 save = step % config.save_every == 0 or step == config.steps
+                last_traced = bool(traced) and step == traced[-1]
                 # While a step runs the next one waits on the device, and no more: a signal is known soon.
-                came = settle(0 if save or step == last else 1)
-                if first and step == last:
+                came = settle(0 if save or last_traced or failure else 1)
+                if last_traced and hosts.is_first():
                     jax.profiler.stop_trace()
                 if save or came:
                     came = max(came, settle(0))
                     tested = None
                     if config.test_every and step % config.test_every == 0:
-                        losses = tester(state.trained, frozen)
-                        tested = log.tested(step, losses)
+                        tested = log.tested(step, tester(state.trained, frozen))
+                    log.flush()
                     checkpoints.save(step, state, tested)
+                if step == config.steps:
+                    came = max(came, hosts.largest(signalled()))
                 if came:
+                    checkpoints.wait()
                     raise Stopped(f"{stage.name} stopped at step {step} of {config.steps}", came)
     return nnx.merge(graph, state.trained, frozen)
 
 
+def abstract_state(
+    trained: nnx.State, optimizer: optax.GradientTransformation, shardings: TrainState
+) -> TrainState:
+    """The shapes of a TrainState, and where its arrays lie."""
+    state = TrainState(jax.ShapeDtypeStruct((), jnp.int32), trained, jax.eval_shape(optimizer.init, trained))
+    return jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), state, shardings)
+
+
 @dataclasses.dataclass(frozen=True)
 class Program:
-    """A step for the batches of one bucket, compiled; and the model's floating-point operations in it."""
+    """A step for the batches of one bucket, compiled; the model's floating-point operations in it; and the
+    shapes of its batches."""
 
     run: Callable
     model_flops: int
+    batch: dict[str, jax.ShapeDtypeStruct]
+
+    def blank(self, mesh: Mesh) -> dict[str, jax.Array]:
+        """A batch of zeros, for a host that has none and must not leave the others alone in a step."""
+        sharding = batch_sharding(mesh)
+        return {
+            name: jax.make_array_from_callback(
+                x.shape, sharding, lambda index, x=x: np.zeros(sharding.shard_shape(x.shape), x.dtype)
+            )
+            for name, x in self.batch.items()
+        }
 
 
 def _compile(
@@ -310,19 +353,19 @@ def _compile(
         arrays = _abstract_batch(stage.examples, batch, mesh)
         with jax.set_mesh(mesh):
             traced = update.trace(state, frozen, arrays, _control(mesh, 0, 1, 0))
-            steps.append((traced.lower(), flops.count(traced.jaxpr).model))
+            steps.append((traced.lower(), flops.count(traced.jaxpr).model, arrays))
     with ThreadPoolExecutor(os.cpu_count()) as pool:
-        programs = list(pool.map(lambda step: Program(step[0].compile(), step[1]), steps))
+        programs = list(pool.map(lambda step: Program(step[0].compile(), *step[1:]), steps))
     hosts.say(f"{stage.name}: compiled in {time.monotonic() - began:.0f} s")
     return programs
 
 
 def _abstract_batch(examples: Examples, batch: Batch, mesh: Mesh) -> dict[str, jax.ShapeDtypeStruct]:
-    """Shapes of a whole batch, found by reading one of its recordings."""
+    """Shapes of a whole batch, found by reading some of its recordings."""
     size = len(batch.indices)
     return {
         name: jax.ShapeDtypeStruct((size, *rows.shape[1:]), rows.dtype, sharding=batch_sharding(mesh))
-        for name, rows in examples.rows(batch, [0], 0).items()
+        for name, rows in examples.rows(batch, range(min(8, size)), 0).items()
     }
 
 
@@ -453,9 +496,13 @@ class _Log:
     def __exit__(self, *_) -> None:
         if self.board is not None:
             self.board.close()
-            if not _can_append(self.file):
-                _write_text(self.file, "".join(self.lines))
+            self.flush()
         self.bar.close()
+
+    def flush(self) -> None:
+        """Brings what was written to a bucket, whose files can't be appended to."""
+        if self.board is not None and not _can_append(self.file):
+            _write_text(self.file, "".join(self.lines))
 
     @contextmanager
     def waiting(self) -> Iterator[None]:
@@ -505,6 +552,7 @@ class _Log:
         self._write(
             step, row | {f"test/{name}/{k}": v for name, parts in losses.items() for k, v in parts.items()}
         )
+        self._begin()  # the time that this took is no step's
         self.bar.write(f"step {step}: test_loss {row['test_loss']:.4f}", file=sys.stderr)
         return row
 
@@ -515,8 +563,6 @@ class _Log:
         if _can_append(self.file):
             with open(self.file, "a") as file:
                 file.write(self.lines[-1])
-        elif step % self.stage.config.save_every == 0:
-            _write_text(self.file, "".join(self.lines))
         for name, value in row.items():
             self.board.add_scalar(name, value, step)
 
@@ -560,7 +606,7 @@ class Run:
         self.stages: list[Stage] = []
         if config.stage1 is not None:
             tokenizer = prompts.load_tokenizer(config.adapter.tokenizer)
-            self.aligner = _make_aligner(config, encoder, tokenizer, rngs)
+            self.aligner = _make_aligner(config, encoder, tokenizer, self.mesh, rngs)
             vocab_size = self.aligner.adapter.config.vocab_size
 
             def aligned(speech: Waveforms, plan: Plan) -> AlignmentExamples:
@@ -587,7 +633,7 @@ class Run:
             for test in self.tests.values():
                 check_tasks(test, config.test_languages)
             if self.aligner is None:
-                self.model = _make_sparqle(config, encoder, self.llm, rngs)
+                self.model = _make_sparqle(config, encoder, self.llm, self.mesh, rngs)
             else:
                 self.model = SparQLe.from_aligner(self.aligner, self.llm, rngs=rngs)
             _try(self.model, self.stages[-1])
@@ -596,8 +642,7 @@ class Run:
             frames = keep_frames(config.data.frames, speech, encoder)
             for stage in self.stages:
                 stage.examples.speech = frames
-        if hosts.is_first():
-            _claim_folder(config, self.identity)
+        _claim_folder(config, self.identity)
 
     def _waveforms(self, corpus: Corpus, encoder: Hubert) -> Waveforms:
         shortest = encoder.config.min_samples
@@ -724,7 +769,7 @@ def _try(model: Aligner | SparQLe, stage: Stage) -> None:
     """Traces the loss of a batch of the longest recordings, without running it: sizes that do not fit raise
     ValueError here."""
     longest = stage.plan.one_of_each()[-1]
-    batch = stage.examples.rows(longest, range(min(2, len(longest.indices))), 0)
+    batch = stage.examples.rows(longest, range(min(8, len(longest.indices))), 0)
     del batch[SKIPPED]
     graph, state = nnx.split(model)
     jax.eval_shape(lambda state, key: nnx.merge(graph, state).loss(batch, key), state, jax.random.key(0))
@@ -773,10 +818,23 @@ def _check_writable(folder: epath.Path) -> None:
 
 
 def _claim_folder(config: Config, identity: dict[str, Any]) -> None:
-    config.run.mkdir(parents=True, exist_ok=True)
-    if not (config.run / IDENTITY).is_file():
-        _write_text(config.run / "config.json", config.model_dump_json(indent=2) + "\n")
-        _write_text(config.run / IDENTITY, json.dumps(identity, indent=1) + "\n")
+    """The first host writes down which run the folder holds. Raises ValueError, on all hosts, when it can't,
+    and when the others do not see it."""
+    failed = ""
+    if hosts.is_first() and not (config.run / IDENTITY).is_file():
+        try:
+            config.run.mkdir(parents=True, exist_ok=True)
+            _write_text(config.run / "config.json", config.model_dump_json(indent=2) + "\n")
+            _write_text(config.run / IDENTITY, json.dumps(identity, indent=1) + "\n")
+        except Exception as error:  # of a disk, or of a bucket's library
+            failed = f": {error}"
+    if hosts.largest(bool(failed)):
+        raise ValueError(f"nothing can be written to run={config.run}{failed}. Choose another: --set run=.")
+    if hosts.largest(not (config.run / IDENTITY).is_file()):
+        raise ValueError(
+            f"run={config.run} is not the same folder on all hosts: give one that all of them reach, such as "
+            "--set run=gs://BUCKET/RUN, or a disk that they share."
+        )
 
 
 def _write_text(file: epath.Path, text: str) -> None:
@@ -802,13 +860,14 @@ def _once(file: epath.Path, make: Callable[[], dict[str, Any]]) -> dict[str, Any
     return made
 
 
-def _make_aligner(config: Config, encoder: Hubert, tokenizer: Any, rngs: nnx.Rngs) -> Aligner:
+def _make_aligner(config: Config, encoder: Hubert, tokenizer: Any, mesh: Mesh, rngs: nnx.Rngs) -> Aligner:
     start, sizes, dtype = config.adapter.start, dict(config.adapter.sizes), jnp.dtype(config.dtype)
     if start is not None and not start.is_dir():
-        return pretrained.load_aligner(start, encoder, dtype=dtype, losses=config.stage1.losses, **sizes)
+        losses = config.stage1.losses
+        return pretrained.load_aligner(start, encoder, dtype=dtype, mesh=mesh, losses=losses, **sizes)
     sizes["encoder_width"] = encoder.config.hidden_size
     if start is not None:
-        adapter = pretrained.qformer_from_bert(start, dtype=dtype, rngs=rngs, **sizes)
+        adapter = pretrained.qformer_from_bert(start, dtype=dtype, mesh=mesh, rngs=rngs, **sizes)
     else:
         words = max(tokenizer.get_vocab().values()) + 1
         adapter = QFormer(
@@ -818,13 +877,13 @@ def _make_aligner(config: Config, encoder: Hubert, tokenizer: Any, rngs: nnx.Rng
     return Aligner(encoder, adapter, heads, losses=config.stage1.losses)
 
 
-def _make_sparqle(config: Config, encoder: Hubert, llm: Decoder, rngs: nnx.Rngs) -> SparQLe:
+def _make_sparqle(config: Config, encoder: Hubert, llm: Decoder, mesh: Mesh, rngs: nnx.Rngs) -> SparQLe:
     start, sizes, dtype = config.adapter.start, dict(config.adapter.sizes), jnp.dtype(config.dtype)
     if start is not None and not start.is_dir():
-        return pretrained.load_sparqle(start, encoder, llm, dtype=dtype, rngs=rngs, **sizes)
+        return pretrained.load_sparqle(start, encoder, llm, dtype=dtype, mesh=mesh, rngs=rngs, **sizes)
     sizes.update(encoder_width=encoder.config.hidden_size, text=False)
     if start is not None:
-        adapter = pretrained.qformer_from_bert(start, dtype=dtype, rngs=rngs, **sizes)
+        adapter = pretrained.qformer_from_bert(start, dtype=dtype, mesh=mesh, rngs=rngs, **sizes)
     else:
         adapter = QFormer(QFormerConfig(**sizes), dtype=dtype, rngs=rngs)
     projection = make_projection(adapter.config.hidden_size, llm.config.hidden_size, dtype=dtype, rngs=rngs)
@@ -859,20 +918,28 @@ def main(argv: list[str] | None = None) -> int:
         if args.distributed is not None:
             hosts.join(args.distributed)
         config = read_config(args.config, args.set)
-        if jax.config.jax_compilation_cache_dir is None:  # who goes on need not compile again
-            jax.config.update("jax_compilation_cache_dir", str(config.run / "compiled"))
         run = Run(config)
+    except (ValueError, FileNotFoundError) as error:
+        parser.error(str(error))  # with status 2
+    except KeyboardInterrupt:
+        return 128 + signal.SIGINT
+    if jax.config.jax_compilation_cache_dir is None:  # who goes on need not compile again
+        jax.config.update("jax_compilation_cache_dir", str(config.run / "compiled"))
+    try:
         run.train(args.profile)
     except KeyboardInterrupt:
         return 128 + signal.SIGINT
     except Stopped as stopped:
         print(f"{stopped}; the same command goes on from there.", file=sys.stderr)
         return stopped.status
-    except (FloatingPointError, CorruptRecord, CheckpointError) as error:
+    except (FloatingPointError, CorruptRecord, CheckpointError, HostFailed) as error:
         print(error, file=sys.stderr)
         return FAILED
-    except (ValueError, FileNotFoundError) as error:
-        parser.error(str(error))  # with status 2
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EROFS):
+            raise
+        print(f"{config.run} can't be written to: {error}", file=sys.stderr)
+        return FAILED
     hosts.say(f"done: {config.run}")
     return 0
 

@@ -4,8 +4,11 @@ import os
 import socket
 import subprocess
 import sys
+import tempfile
 from collections.abc import Sequence
 from pathlib import Path
+
+ROOT = Path(__file__).parents[1]
 
 
 def start(
@@ -13,8 +16,12 @@ def start(
     devices: int,
     arguments: Sequence[str],
     program: Sequence[str] = ("-m", "sparqle_jax.train"),
+    apart: Path | None = None,
 ) -> list[subprocess.Popen]:
-    """Starts the training command on `processes` processes of `devices` CPU devices each."""
+    """Starts the training command on `processes` processes of `devices` CPU devices each.
+
+    apart: a folder in which each has a working directory of its own.
+    """
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         address = f"127.0.0.1:{free.getsockname()[1]}"
@@ -25,12 +32,13 @@ def start(
         "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0.2",
         "XLA_FLAGS": "--xla_backend_optimization_level=0",
         "HF_HUB_OFFLINE": "1",
+        "PYTHONPATH": str(ROOT),
     }
     return [
         subprocess.Popen(
             [sys.executable, *program, *arguments, "--distributed", address, str(processes), str(i)],
             env=environment,
-            cwd=Path(__file__).parents[1],
+            cwd=ROOT if apart is None else tempfile.mkdtemp(dir=apart),
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             text=True,

@@ -7,8 +7,11 @@ input, and each host makes its own rows of it.
 import dataclasses
 import functools
 import itertools
+import multiprocessing
+import os
 import signal
 import sys
+import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, Protocol
 
@@ -81,7 +84,7 @@ def batches(
         if not flags.FLAGS.is_parsed():  # Grain asks for its flags, which the main program has none of
             flags.FLAGS.mark_as_parsed()
         options = grain.MultiprocessingOptions(num_workers=workers, per_worker_buffer_size=2)
-        inputs = inputs.mp_prefetch(options, worker_init_fn=_leave_signals_to_the_main_process)
+        inputs = inputs.mp_prefetch(options, worker_init_fn=_follow_the_main_process)
     if sharding is not None:
         inputs = inputs.map(functools.partial(on_devices, sharding))
         inputs = grain.experimental.ThreadPrefetchIterDataset(inputs, prefetch_buffer_size=2)
@@ -100,10 +103,16 @@ def on_devices(sharding: jax.sharding.Sharding, rows: Arrays) -> dict[str, jax.A
     return {name: jax.make_array_from_process_local_data(sharding, x) for name, x in rows.items()}
 
 
-def _leave_signals_to_the_main_process(worker: int, num_workers: int) -> None:
-    # Both come to all processes, and the batches of the last steps are still needed.
+def _follow_the_main_process(worker: int, num_workers: int) -> None:
+    """A worker leaves signals, which come to all processes, to the main one, and ends when that does."""
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, signal.SIG_IGN)
+
+    def end() -> None:
+        multiprocessing.parent_process().join()
+        os._exit(1)
+
+    threading.Thread(target=end, daemon=True).start()
 
 
 class Speech(Protocol):

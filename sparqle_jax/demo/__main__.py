@@ -21,6 +21,7 @@ import soundfile
 from flax import nnx
 
 from sparqle_jax import audio, train
+from sparqle_jax.checkpoint import CheckpointError
 from sparqle_jax.config import Config, read_config
 from sparqle_jax.data.dataset import CorruptRecord, DataSet, Utterance
 from sparqle_jax.data.pipeline import TRANSCRIBE
@@ -40,6 +41,7 @@ ZERO_SHOT = (
     "model translates what it hears although nobody has ever shown the adapter how."
 )
 SHIPPED = "the adapter in the package: 5000 steps of 32, on 20,000 sentences"
+INTERRUPTED = 130
 SHOWN = 6  # utterances of each set on the page
 # Stage 2 of `make demo`: in minutes, small batches without dropout learn most.
 MINUTES = (
@@ -240,7 +242,7 @@ def main(argv: list[str] | None = None) -> int:
     except (ValueError, FileNotFoundError) as error:
         parser.error(str(error))
     except KeyboardInterrupt:
-        return train.STOPPED
+        return INTERRUPTED
     try:
         run.train()
         stage2, steps = config.run / "stage2", config.stage2.steps
@@ -250,12 +252,14 @@ def main(argv: list[str] | None = None) -> int:
         if not args.from_scratch:
             shown["shipped"] = (MODELS / "sparqle", SHIPPED)
         report(config, args.data, shown)
-    except (train.Stopped, KeyboardInterrupt) as stopped:
-        print(f"{str(stopped) or 'stopped'}; the same command goes on from there.", file=sys.stderr)
-        return train.STOPPED
-    except (FloatingPointError, CorruptRecord) as error:
+    except train.Stopped as stopped:
+        print(f"{stopped}; the same command goes on from there.", file=sys.stderr)
+        return stopped.status
+    except KeyboardInterrupt:
+        return INTERRUPTED
+    except (FloatingPointError, CorruptRecord, CheckpointError) as error:
         print(error, file=sys.stderr)
-        return 1
+        return train.FAILED
     print(f"\nThe page: {config.run / 'index.html'}   The numbers: {config.run / 'results.json'}")
     print("Try next (in the environment: . .venv/bin/activate):")
     for say, command in what_next(config.run, args.data):

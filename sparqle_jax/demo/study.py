@@ -115,9 +115,9 @@ def main(argv: list[str] | None = None) -> int:
                 run_variant(name, args.folder, args.data, args.set)
     except (ValueError, FileNotFoundError) as error:
         parser.error(str(error))
-    except (train.Stopped, KeyboardInterrupt) as stopped:
-        print(f"{str(stopped) or 'stopped'}; the same command goes on from there.", file=sys.stderr)
-        return train.STOPPED
+    except train.Stopped as stopped:
+        print(f"{stopped}; the same command goes on from there.", file=sys.stderr)
+        return stopped.status
     results = {}
     for variants in GROUPS.values():
         files = {name: args.folder / name / "stage2" / "results.json" for name in variants}

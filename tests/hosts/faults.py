@@ -48,7 +48,7 @@ train._compile = lambda *args: [dataclasses.replace(p, run=recorded(p.run)) for 
 sys.exit(train.main(sys.argv[1:]))
 """
 FAULTS = ("SIGKILL of one", "SIGKILL of all", "SIGTERM")
-MOMENTS = ("in the start-up", "between steps", "between steps", "in a save")
+MOMENTS = ("in the start-up", "between steps", "in a save")
 STOPPED = 128 + signal.SIGTERM
 
 
@@ -97,13 +97,22 @@ def strike(fault: str, processes: list, rng: random.Random) -> None:
         rng.choice(processes).send_signal(signal.SIGTERM)
 
 
-def suffer(run: Path, processes: list, rng: random.Random, patient: bool) -> str:
-    """Strikes training at some moment, and says how it went.
+def draw(kills: int, rng: random.Random) -> list[tuple[str, str]]:
+    """Faults and their moments in random order: each pair comes before any comes again."""
+    drawn: list[tuple[str, str]] = []
+    while len(drawn) < kills:
+        pairs = [(fault, moment) for fault in FAULTS for moment in MOMENTS]
+        rng.shuffle(pairs)
+        drawn += pairs
+    return drawn[:kills]
+
+
+def suffer(run: Path, processes: list, rng: random.Random, fault: str, moment: str, patient: bool) -> str:
+    """Strikes training at a moment, and says how it went.
 
     patient: those that are left when another has died end by themselves, after JAX's 100 s; else they are
     killed, as a scheduler does.
     """
-    fault, moment = rng.choice(FAULTS), rng.choice(MOMENTS)
     wait_for_moment(moment, run, processes, rng)
     assert _alive(processes), cluster.finish(processes)
     strike(fault, processes, rng)
@@ -163,8 +172,11 @@ def main(argv: list[str] | None = None) -> int:
         print(f"without faults: {steps} steps in {time.monotonic() - began:.0f} s", flush=True)
 
         os.environ["SEEN"] = str(Path(folder) / "seen-")
-        for number in range(1, args.kills + 1):
-            told = suffer(run, start(run, data, steps), rng, patient=number == 1)
+        struck: set[str] = set()
+        for number, (fault, moment) in enumerate(draw(args.kills, rng), 1):
+            patient = fault == "SIGKILL of one" and fault not in struck
+            struck.add(fault)
+            told = suffer(run, start(run, data, steps), rng, fault, moment, patient)
             print(f"{number}: {told}", flush=True)
         for status, output in cluster.finish(start(run, data, steps), 1200):
             assert status == 0, output

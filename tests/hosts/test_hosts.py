@@ -10,8 +10,9 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file
 
+from sparqle_jax.demo.__main__ import MODELS
 from tests import cluster
-from tests.test_train import arguments, metrics
+from tests.test_train import arguments, make_corrupt, metrics
 
 DEVICES = 4
 CHANGES = ("mesh.data=2", "mesh.fsdp=2", "stage1.evaluate=false", 'stage1.losses=["stc", "stm"]')
@@ -78,3 +79,34 @@ def test_sigterm_to_one_process_stops_all_at_the_same_step_with_a_checkpoint(sma
     assert (status, other_status) == (128 + signal.SIGTERM,) * 2, output
     (saved,) = (int(path.name) for path in (run / "stage2" / "checkpoints").glob("[0-9]*"))
     assert f"stage2 stopped at step {saved} of 100000; the same command goes on" in output
+
+
+def test_a_record_that_one_process_can_not_read_stops_all_of_them(small_world, tmp_path):
+    _, seed = make_corrupt(small_world / "train", tmp_path / "data")
+    changes = (*CHANGES, "stage1=null", f"data.train={tmp_path / 'data'}", f"seed={seed}")
+    started = cluster.start(2, 2, arguments(tmp_path / "run", small_world, *changes))
+    results = cluster.finish(started)
+    assert [status for status, _ in results] == [3, 3], results
+    outputs = sorted((output for _, output in results), key=lambda output: "another host" in output)
+    assert "can't be read, record" in outputs[0]
+    assert "stage2: another host has failed; its log says why" in outputs[1]
+
+
+def test_an_adapter_to_start_from_and_workers_serve_several_processes(runs, small_world, tmp_path):
+    adapter = runs[1] / "stage1" / "adapter.safetensors"
+    changes = ("stage1=null", f"adapter.start={adapter}", "adapter.sizes={}", "data.workers=1")
+    train_on(2, tmp_path / "run", small_world, *changes, "stage2.steps=2", "stage2.evaluate=false")
+    assert [row["step"] for row in metrics(tmp_path / "run", "stage2")] == [1, 2]
+
+
+def test_a_folder_that_only_the_first_process_sees_is_an_error(small_world, tmp_path):
+    """Each has a working directory of its own, and the run's folder is given relative to that."""
+    towers = (
+        f"encoder={MODELS / 'hubert'}",
+        f"llm={MODELS / 'llm'}",
+        f"adapter.tokenizer={MODELS / 'words'}",
+    )
+    started = cluster.start(2, 2, arguments(Path("run"), small_world, *CHANGES, *towers), apart=tmp_path)
+    for status, output in cluster.finish(started):
+        assert status == 2
+        assert "run=run is not the same folder on all hosts" in output
