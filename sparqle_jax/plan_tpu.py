@@ -6,16 +6,17 @@
 The steps that training would run are compiled, by XLA's own compiler for these chips, for the batches of
 every bucket. Nothing is run: memory and collectives are the compiler's, times are bounds and no measurements.
 Needs no weights: of a folder that is not there, the config.json of the same name in `models` beside the
-configuration is read. Exit status 1 when a step does not fit.
+configuration is read. Exit status 1 when a step does not fit, 2 for a mistake in what was asked.
 """
 
 import argparse
+import contextlib
 import dataclasses
 import json
 import math
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -24,11 +25,10 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
-from tqdm import tqdm
 
 from sparqle_jax import audio, flops, pretrained, prompts
 from sparqle_jax.adapters.qformer import QFormer, QFormerConfig
-from sparqle_jax.chips import Chip, chip_of, topology
+from sparqle_jax.chips import chip_of, topology
 from sparqle_jax.config import Config, StageConfig, read_config
 from sparqle_jax.data.dataset import Corpus, DataSet
 from sparqle_jax.data.pipeline import SKIPPED
@@ -37,29 +37,28 @@ from sparqle_jax.encoders.hubert import Hubert, HubertConfig
 from sparqle_jax.llms.decoder import FAMILIES, Decoder, DecoderConfig
 from sparqle_jax.model import Aligner, AlignmentHeads, SparQLe, make_projection, partition
 from sparqle_jax.program import Census, census
-from sparqle_jax.sharding import MESH_AXES, batch_parts, batch_sharding, make_mesh, state_sharding
+from sparqle_jax.sharding import (
+    MESH_AXES,
+    batch_parts,
+    batch_sharding,
+    make_mesh,
+    replicated,
+    state_sharding,
+)
 from sparqle_jax.train import TrainState, make_optimizer, make_plan, make_update, state_shardings
 
 GIB = 2**30
-# What is taken where neither the data nor the tokenizer is there to count.
+STAGES = ("stage1", "stage2")
+# Tokens around the speech, which a tokenizer would tell; of a text, where the configuration is silent.
 PROMPT_TOKENS, TEXT_TOKENS = (48, 16), 128
 
 
 @dataclasses.dataclass(frozen=True)
-class Shapes:
-    """The batches of a stage: its buckets, and how many tokens there are before and after the speech (stage
-    2), and in a text. assumed: what of it was not counted, in words."""
-
-    buckets: list[Bucket]
-    prompt: tuple[int, int]
-    text: int
-    assumed: tuple[str, ...]
-
-
-@dataclasses.dataclass(frozen=True)
 class StepPlan:
-    """A compiled step. Bytes are of one chip; times are the least, in seconds.
+    """A step, compiled. Bytes are of one chip; times are the least that is possible, in seconds.
 
+    parameters, optimizer, batch: what of them lies on a chip. arguments: these and what is padded in their
+    layout; peak: the most at any time, arguments and results included.
     error: the compiler's, when it does not fit; then all that only a compiled program tells is None.
     """
 
@@ -76,7 +75,6 @@ class StepPlan:
     compute_time: float
     error: str | None = None
     arguments: int | None = None
-    activations: int | None = None
     peak: int | None = None
     collectives: dict[str, dict[str, int]] | None = None
     unknown_loops: tuple[str, ...] = ()
@@ -98,22 +96,45 @@ class StepPlan:
         """At most so many hours of audio in an hour."""
         return self.batch_size * self.seconds / self.bound
 
+    def as_json(self) -> dict[str, Any]:
+        """The fields and the properties."""
+        derived = {name: getattr(self, name) for name in ("fits", "bound", "audio_per_hour")}
+        return dataclasses.asdict(self) | derived
+
 
 class Planner:
-    """Compiles the steps of a configuration for TPU devices that are not there.
+    """Compiles the steps of stages of a configuration for TPU devices that are not there.
 
-    models: a folder with the config.json of towers whose own folders are not there. Raises
-    FileNotFoundError and ValueError as training does for what does not fit together.
+    models: a folder with the config.json of towers whose own folders are not there. assumed: what could not
+    be counted, in words. Raises FileNotFoundError and ValueError as training does for what does not fit
+    together.
     """
 
-    def __init__(self, config: Config, models: Path, devices: list[jax.Device]):
+    def __init__(
+        self, config: Config, models: Path, devices: list[jax.Device], stages: Sequence[str] = STAGES
+    ):
         self.config, self.models, self.devices = config, models, devices
-        self.chip: Chip = chip_of(devices[0].device_kind)
-        self.sizes = (config.mesh.data, config.mesh.fsdp, config.mesh.model)
+        self.chip = chip_of(devices[0].device_kind)
+        self.mesh = make_mesh((config.mesh.data, config.mesh.fsdp, config.mesh.model), devices)
+        self.assumed: set[str] = set()
+        hosts = {device.process_index for device in devices}
+        if config.data.frames is not None and len(hosts) > 1:
+            raise ValueError(
+                f"data.frames are made by one host, and this slice has {len(hosts)}: set it to null."
+            )
         self.stages: dict[str, StageConfig] = {
-            name: stage for name in ("stage1", "stage2") if (stage := getattr(config, name)) is not None
+            name: getattr(config, name) for name in stages if getattr(config, name) is not None
         }
-        self.models_of = {name: self._abstract_model(name) for name in self.stages}
+        self.modules = {stage: self._abstract_model(stage) for stage in self.stages}
+        for module in self.modules.values():
+            state_sharding(nnx.state(module), self.mesh)  # raises for what an axis does not divide
+        self.buckets = {stage: self._buckets(stage) for stage in self.stages}
+        self._text_tokens = config.data.max_text_tokens
+        if self._text_tokens is None:
+            self._text_tokens = TEXT_TOKENS
+            self.assumed.add(f"texts of {TEXT_TOKENS} tokens (data.max_text_tokens says how many)")
+        if "stage2" in self.stages:
+            self.assumed.add(f"prompts of {PROMPT_TOKENS[0]} + {PROMPT_TOKENS[1]} tokens")
 
     def _folder(self, folder: Path) -> Path:
         """The folder, or the one of the same name in `models` where it is not there."""
@@ -155,82 +176,82 @@ class Planner:
         sizes.update(encoder_width=encoder_width, text=text)
         if start is not None:
             return QFormerConfig.from_bert(pretrained.read_config(self._folder(start), ("bert",)), **sizes)
-        tokenizer = self.config.adapter.tokenizer
-        if text and tokenizer is not None and tokenizer.is_dir():
-            words = max(prompts.load_tokenizer(tokenizer).get_vocab().values()) + 1
+        if text and self.config.adapter.tokenizer.is_dir():
+            words = max(prompts.load_tokenizer(self.config.adapter.tokenizer).get_vocab().values()) + 1
             sizes.update(vocab_size=words + 1, bos_token_id=words)
+        elif text:
+            self.assumed.add("the vocabulary of bert-base-uncased (adapter.tokenizer is not here)")
         return QFormerConfig(**sizes)
 
-    def shapes(self, stage: str, batch_size: int | None = None) -> Shapes:
-        """The batches of a stage; batch_size: in place of the configuration's."""
+    def _buckets(self, stage: str) -> list[Bucket]:
+        """Those of training, or without its data as many, evenly."""
         data, config = self.config.data, self.stages[stage]
-        batch_size = batch_size or config.batch_size
-        assumed = []
         folders = [one.folder for one in data.train.values()]
         if all(_is_there(folder) for folder in folders):
-            corpus = Corpus([DataSet(folder) for folder in folders])
-            buckets = make_plan(
-                self.config, corpus, config.model_copy(update={"batch_size": batch_size})
-            ).buckets
+            return make_plan(self.config, Corpus([DataSet(folder) for folder in folders]), config).buckets
+        if isinstance(data.buckets, int):
+            seconds = [data.max_seconds * (i + 1) / data.buckets for i in range(data.buckets)]
+            self.assumed.add(f"buckets evenly up to {data.max_seconds:g} s (data.train is not here)")
         else:
-            if isinstance(data.buckets, int):
-                seconds = [data.max_seconds * (i + 1) / data.buckets for i in range(data.buckets)]
-                assumed.append(f"buckets evenly up to {data.max_seconds:g} s (data.train is not here)")
-            else:
-                seconds = list(data.buckets)
-            lengths = [round(s * audio.SAMPLE_RATE) for s in seconds]
-            buckets = batch_sizes(lengths, batch_size, data.batch_multiple)
-        text = data.max_text_tokens
-        if text is None:
-            text = TEXT_TOKENS
-            assumed.append(f"texts of {text} tokens (data.max_text_tokens says how many)")
-        before, after = PROMPT_TOKENS
-        if stage == "stage2":
-            assumed.append(f"prompts of {before} + {after} tokens")
-        return Shapes(buckets, (before, after), text, tuple(assumed))
+            seconds = list(data.buckets)
+        lengths = [round(s * audio.SAMPLE_RATE) for s in seconds]
+        return batch_sizes(lengths, config.batch_size, data.batch_multiple)
 
-    def mesh(self, sizes: tuple[int, int, int] | None = None) -> Mesh:
-        return make_mesh(sizes or self.sizes, self.devices)
+    def _parts(self, stage: str, mesh: Mesh) -> int:
+        """Into how many equal parts a batch is cut: for devices, and one after the other."""
+        return batch_parts(mesh) * getattr(self.stages[stage], "accumulate", 1)
 
-    def plan(self, stage: str, bucket: Bucket, shapes: Shapes, mesh: Mesh) -> StepPlan:
+    def steps(self) -> list[tuple[str, Bucket]]:
+        """What training would compile, the longest recordings of each stage first.
+
+        Raises ValueError for a batch that can't be split over the mesh.
+        """
+        work = [(stage, bucket) for stage in self.stages for bucket in reversed(self.buckets[stage])]
+        for stage, bucket in work:
+            parts = self._parts(stage, self.mesh)
+            if bucket.batch_size % parts:
+                raise ValueError(
+                    f"{stage}: batches of {bucket.batch_size} can't be split into {parts} equal parts "
+                    f"(mesh.data * mesh.fsdp = {batch_parts(self.mesh)}, times accumulate): make batch_size "
+                    f"and data.batch_multiple multiples of {parts}, or choose another mesh."
+                )
+        return work
+
+    def plan(self, stage: str, bucket: Bucket, mesh: Mesh) -> StepPlan:
         """Compiles the step of a bucket."""
-        accumulate = getattr(self.stages[stage], "accumulate", 1)
-        parts = batch_parts(mesh) * accumulate
-        if bucket.batch_size % parts:
-            raise ValueError(
-                f"{stage}: batches of {bucket.batch_size} can't be split into {parts} equal parts (mesh.data "
-                f"* mesh.fsdp = {batch_parts(mesh)}, times accumulate): make batch_size and "
-                f"data.batch_multiple multiples of {parts}, or choose another mesh."
-            )
-        model = self.models_of[stage]
+        seconds = bucket.num_samples / audio.SAMPLE_RATE
+        print(
+            f"{stage}: compiling a step of {bucket.batch_size} recordings of up to {seconds:.2f} s, mesh "
+            f"{_sizes(mesh.shape)} ...",
+            file=sys.stderr,
+            flush=True,
+        )
         state, frozen, update = self._abstract_step(stage, mesh)
-        batch = _abstract_batch(stage, bucket, shapes, mesh)
-        chips = mesh.size // self.chip.devices
+        batch = self._abstract_batch(stage, bucket, mesh)
         with jax.set_mesh(mesh):
             traced = update.trace(state, frozen, batch, _abstract_control(mesh))
         counted = flops.count(traced.jaxpr)
-        sizes = {
-            "parameters": _bytes((state.trained, frozen)),
-            "optimizer": _bytes(state.optimizer),
-            "batch": _bytes(batch),
-        }
+        devices = self.chip.devices
         planned = StepPlan(
             stage=stage,
             mesh=dict(mesh.shape),
             batch_size=bucket.batch_size,
-            seconds=bucket.num_samples / audio.SAMPLE_RATE,
+            seconds=seconds,
+            parameters=_bytes((state.trained, frozen)) * devices,
+            optimizer=_bytes(state.optimizer) * devices,
+            batch=_bytes(batch) * devices,
             hbm=self.chip.hbm_bytes,
-            model_flops=sum(flops.analytic(model, batch).values()),
+            model_flops=sum(flops.analytic(self.modules[stage], batch).values()),
             program_flops=counted.total,
-            compute_time=counted.total / (chips * self.chip.peak),
-            **{name: size * self.chip.devices for name, size in sizes.items()},
+            compute_time=counted.total / (mesh.size // devices * self.chip.peak),
         )
         try:
             compiled = traced.lower().compile()
         except jax.errors.JaxRuntimeError as error:
-            if "RESOURCE_EXHAUSTED" not in str(error):
+            words = str(error).splitlines()[0]
+            if not words.startswith("RESOURCE_EXHAUSTED: "):
                 raise
-            return dataclasses.replace(planned, error=_out_of_memory(str(error)))
+            return dataclasses.replace(planned, error=words.removeprefix("RESOURCE_EXHAUSTED: "))
         return self._measured(planned, compiled)
 
     def _measured(self, planned: StepPlan, compiled: jax.stages.Compiled) -> StepPlan:
@@ -246,7 +267,6 @@ class Planner:
         return dataclasses.replace(
             planned,
             arguments=memory.argument_size_in_bytes * devices,
-            activations=memory.temp_size_in_bytes * devices,
             peak=memory.peak_memory_in_bytes * devices,
             collectives=_by_kind(found),
             unknown_loops=found.unknown_loops,
@@ -256,81 +276,118 @@ class Planner:
             dcn_time=sent[True] * devices / self.chip.dcn_bandwidth,
         )
 
-    def _abstract_step(self, stage: str, mesh: Mesh):
-        graph, trained, frozen = partition(self.models_of[stage])
+    def _abstract_step(self, stage: str, mesh: Mesh) -> tuple[TrainState, nnx.State, Callable]:
+        """The step of a stage as training makes it, and the abstract states that it takes."""
+        graph, trained, frozen = partition(self.modules[stage])
         config = self.stages[stage]
         optimizer, _ = make_optimizer(config.optim, config.steps)
         shardings = state_shardings(trained, optimizer, mesh)
         moments = jax.eval_shape(optimizer.init, trained)
-        step = jax.ShapeDtypeStruct((), jnp.int32)
-        state = _with_shardings(TrainState(step, trained, moments), shardings)
+        state = TrainState(jax.ShapeDtypeStruct((), jnp.int32), trained, moments)
+        state = _with_shardings(state, shardings)
         frozen = _with_shardings(frozen, state_sharding(frozen, mesh))
         update = make_update(graph, optimizer, shardings, accumulate=getattr(config, "accumulate", 1))
         return state, frozen, update
 
-    def nearest(self, planned: StepPlan, shapes: Shapes) -> StepPlan | None:
+    def _abstract_batch(self, stage: str, bucket: Bucket, mesh: Mesh) -> dict[str, jax.ShapeDtypeStruct]:
+        """A batch as `AlignmentExamples` and `InstructionExamples` make it."""
+        samples, text = (bucket.num_samples,), (self._text_tokens,)
+        arrays: dict[str, tuple[Any, tuple[int, ...]]] = {SKIPPED: (bool, ())}
+        if self.config.data.frames is None:
+            arrays |= {"waveform": (np.float32, samples), "waveform_mask": (bool, samples)}
+        else:
+            encoder = self.modules[stage].encoder.config
+            frames = (encoder.num_frames(bucket.num_samples),)
+            arrays["frames"] = (np.float16, (*frames, encoder.hidden_size))
+            arrays["frames_mask"] = (bool, frames)
+        if stage == "stage1":
+            arrays |= {"text": (np.int32, text), "text_mask": (bool, text), "recording_id": (np.int32, ())}
+        else:
+            before, after = ((length,) for length in PROMPT_TOKENS)
+            for name, shape in (("before", before), ("after", after), ("answer", text)):
+                arrays |= {name: (np.int32, shape), f"{name}_mask": (bool, shape)}
+        sharding = batch_sharding(mesh)
+        return {
+            name: jax.ShapeDtypeStruct((bucket.batch_size, *shape), dtype, sharding=sharding)
+            for name, (dtype, shape) in arrays.items()
+        }
+
+    def nearest(self, stage: str, bucket: Bucket) -> StepPlan | None:
         """The nearest mesh, or else the nearest batch size, with which a step that does not fit does.
 
         Tried are meshes that split parameters further, then halves of the batch on the last of them.
         """
-        bucket = Bucket(round(planned.seconds * audio.SAMPLE_RATE), planned.batch_size)
-        accumulate = getattr(self.stages[planned.stage], "accumulate", 1)
-        data, fsdp = planned.mesh["data"], planned.mesh["fsdp"]
+        data, fsdp, model = self.mesh.shape.values()
         slices = len({getattr(device, "slice_index", 0) for device in self.devices})
         inner = data // slices * fsdp
-        meshes = [(slices, inner // model, planned.mesh["model"] * model) for model in (1, 2, 4, 8)]
-        mesh = None
-        for sizes in meshes:
-            if math.prod(sizes) != len(self.devices) or sizes == tuple(planned.mesh.values()):
+        mesh = self.mesh
+        for times in (times for times in (1, 2, 4, 8) if inner % times == 0):
+            sizes = (slices, inner // times, model * times)
+            if sizes == (data, fsdp, model):
                 continue
             try:
-                mesh = self.mesh(sizes)
-                state_sharding(nnx.state(self.models_of[planned.stage]), mesh)
+                other = make_mesh(sizes, self.devices)
+                state_sharding(nnx.state(self.modules[stage]), other)
             except ValueError:  # an axis that does not divide
                 continue
-            if bucket.batch_size % (batch_parts(mesh) * accumulate) == 0:
-                found = self.plan(planned.stage, bucket, shapes, mesh)
-                if found.fits:
-                    return found
-        mesh = mesh or self.mesh(tuple(planned.mesh.values()))
-        unit, size = batch_parts(mesh) * accumulate, bucket.batch_size
-        while size > unit:
-            size = max(size // 2 // unit * unit, unit)
-            found = self.plan(planned.stage, Bucket(bucket.num_samples, size), shapes, mesh)
+            mesh = other
+            found = self.plan(stage, bucket, mesh)
+            if found.fits:
+                return found
+        parts, size = self._parts(stage, mesh), bucket.batch_size
+        while size > parts:
+            size = max(size // 2 // parts, 1) * parts
+            found = self.plan(stage, Bucket(bucket.num_samples, size), mesh)
             if found.fits:
                 return found
         return None
 
-    def largest_batch(self, stage: str, mesh: Mesh) -> StepPlan:
-        """The step with the largest batch of the longest recordings that fits.
+    def largest_batch(self, stage: str) -> list[StepPlan]:
+        """The steps with the largest batch_size that fits: of the longest recordings, and of the shortest.
 
-        Memory grows in a line with the batch, so two sizes tell which others to look at; the one returned is
-        compiled, and so is the next larger one, unless it was seen to be far off. Returns a step that does
-        not fit when none does.
+        The longest have the largest attention, the shortest the most texts in a batch; what is between needs
+        less than one of them. The next larger batch_size does not fit: it was compiled. Returns a step that
+        does not fit when none does.
         """
-        shapes = self.shapes(stage)
-        longest = shapes.buckets[-1].num_samples
-        unit = math.lcm(
-            batch_parts(mesh) * getattr(self.stages[stage], "accumulate", 1), self.config.data.batch_multiple
-        )
-        tried: dict[int, StepPlan] = {}
+        unit = math.lcm(self._parts(stage, self.mesh), self.config.data.batch_multiple)
+        lengths = sorted({self.buckets[stage][i].num_samples for i in (0, -1)})
+        tried: dict[int, list[StepPlan]] = {}
 
         def fits(times: int) -> bool:
             if times not in tried:
-                tried[times] = self.plan(stage, Bucket(longest, times * unit), shapes, mesh)
-            return tried[times].fits
+                tried[times] = []
+                for bucket in reversed(batch_sizes(lengths, times * unit, unit)):
+                    tried[times].append(self.plan(stage, bucket, self.mesh))
+                    if not tried[times][-1].fits:
+                        break
+            return tried[times][-1].fits
 
         if not fits(1):
-            return tried[1]
-        low, high = 1, 2
-        while fits(high):
-            low, step = high, (tried[high].peak - tried[low].peak) / (high - low)
-            room = self.chip.hbm_bytes - tried[high].peak
-            high = high + max(1, int(room / max(step, 1)))
-        while high - low > 1:
-            middle = (low + high) // 2
-            low, high = (middle, high) if fits(middle) else (low, middle)
-        return tried[low]
+            return tried[1][-1:]
+        guess = 1
+        if fits(2):  # memory grows in a line with the batch, or nearly so
+            room = max(0, min(self.chip.hbm_bytes - step.peak for step in tried[2]))
+            growth = max(two.peak - one.peak for one, two in zip(tried[1], tried[2], strict=True))
+            guess = 2 + room // max(growth, room // 1000, 1)  # growth may be too small to be seen
+        return tried[_largest(fits, guess)]
+
+
+def _largest(fits: Callable[[int], bool], guess: int) -> int:
+    """The largest number that `fits`, as 1 does and all above do not: looks near the guess, then further."""
+    low, high, stride = 1, math.inf, 1
+    while high - low > 1:
+        if fits(guess):
+            low = guess
+        else:
+            high = guess
+        if high == math.inf:
+            guess = low + stride
+        elif low == 1:
+            guess = max(high - stride, 2)
+        else:
+            guess = (low + high) // 2
+        stride *= 2
+    return low
 
 
 def _is_there(folder: str) -> bool:
@@ -345,35 +402,12 @@ def _with_shardings(tree: Any, shardings: Any) -> Any:
     return jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), tree, shardings)
 
 
-def _abstract_batch(
-    stage: str, bucket: Bucket, shapes: Shapes, mesh: Mesh
-) -> dict[str, jax.ShapeDtypeStruct]:
-    """A batch as `AlignmentExamples` and `InstructionExamples` make it."""
-    arrays = {"waveform": (np.float32, bucket.num_samples), "waveform_mask": (bool, bucket.num_samples)}
-    if stage == "stage1":
-        arrays |= {
-            "text": (np.int32, shapes.text),
-            "text_mask": (bool, shapes.text),
-            "recording_id": (np.int32,),
-        }
-    else:
-        lengths = dict(zip(("before", "after"), shapes.prompt, strict=True), answer=shapes.text)
-        arrays |= {name: (np.int32, length) for name, length in lengths.items()}
-        arrays |= {f"{name}_mask": (bool, length) for name, length in lengths.items()}
-    arrays[SKIPPED] = (bool,)
-    sharding = batch_sharding(mesh)
-    return {
-        name: jax.ShapeDtypeStruct((bucket.batch_size, *shape), dtype, sharding=sharding)
-        for name, (dtype, *shape) in arrays.items()
-    }
-
-
 def _abstract_control(mesh: Mesh) -> dict[str, jax.ShapeDtypeStruct]:
-    everywhere = NamedSharding(mesh, PartitionSpec())
+    """What a step is told besides its batch (see `make_update`)."""
     split = NamedSharding(mesh, PartitionSpec(MESH_AXES))
     return {
-        "seed": jax.ShapeDtypeStruct((), np.uint32, sharding=everywhere),
-        "step": jax.ShapeDtypeStruct((), np.int32, sharding=everywhere),
+        "seed": jax.ShapeDtypeStruct((), np.uint32, sharding=replicated(mesh)),
+        "step": jax.ShapeDtypeStruct((), np.int32, sharding=replicated(mesh)),
         "signal": jax.ShapeDtypeStruct((mesh.size,), np.int32, sharding=split),
     }
 
@@ -387,45 +421,41 @@ def _by_kind(found: Census) -> dict[str, dict[str, int]]:
     """Collectives by kind: how many there are in a step, and the bytes that a device sends for them."""
     kinds: dict[str, dict[str, int]] = {}
     for one in found.collectives:
-        kind = kinds.setdefault(
-            one.kind + (" (between slices)" if one.crosses else ""), {"times": 0, "sent": 0}
-        )
+        name = f"{one.kind} (between slices)" if one.crosses else one.kind
+        kind = kinds.setdefault(name, {"times": 0, "sent": 0})
         kind["times"] += one.times
         kind["sent"] += one.sent
-    return kinds
+    return dict(sorted(kinds.items()))
 
 
-def _out_of_memory(message: str) -> str:
-    """What the compiler says of memory, in its own words."""
-    for part in message.replace("\n", " ").split(". "):
-        if "hbm" in part.lower() and ("used" in part.lower() or "exceed" in part.lower()):
-            return part.strip()
-    return message.splitlines()[0]
+def _sizes(mesh: Mapping[str, int]) -> str:
+    return ", ".join(f"{axis}={size}" for axis, size in mesh.items())
 
 
-def describe(planned: StepPlan, devices: int) -> str:
+def describe(planned: StepPlan) -> str:
     """A step in words and figures."""
-    sizes = ", ".join(f"{axis}={size}" for axis, size in planned.mesh.items())
     lines = [
-        f"{planned.stage}: {planned.batch_size} recordings of up to {planned.seconds:.2f} s, mesh {sizes}",
+        f"{planned.stage}: {planned.batch_size} recordings of up to {planned.seconds:.2f} s, mesh "
+        f"{_sizes(planned.mesh)}",
         f"  per chip     parameters {planned.parameters / GIB:.2f} GiB, optimizer "
         f"{planned.optimizer / GIB:.2f} GiB, batch {planned.batch / GIB:.2f} GiB",
     ]
-    if planned.error is not None:
-        lines.append(f"  DOES NOT FIT {planned.error}")
-    else:
+    if planned.fits:
         lines.append(
-            f"  fits         activations {planned.activations / GIB:.2f} GiB; peak {planned.peak / GIB:.2f} "
-            f"of {planned.hbm / GIB:.0f} GiB"
+            f"  fits         arguments {planned.arguments / GIB:.2f} GiB, activations "
+            f"{(planned.peak - planned.arguments) / GIB:.2f} GiB: at most {planned.peak / GIB:.2f} of "
+            f"{planned.hbm / GIB:.0f} GiB"
         )
+    else:
+        lines.append(f"  DOES NOT FIT {planned.error}")
     model, program = planned.model_flops, planned.program_flops
     lines.append(
         f"  FLOPs        model {model:.4g}, program {program:.4g} ({program / model:.2f} times): the rest is "
         "computed again in the backward pass"
     )
-    if planned.error is not None:
+    if not planned.fits:
         return "\n".join(lines)
-    for kind, numbers in sorted(planned.collectives.items()):
+    for kind, numbers in planned.collectives.items():
         sent = numbers["sent"] / 2**20
         lines.append(f"  collectives  {numbers['times']:5d} {kind}: a device sends {sent:.1f} MiB")
     for loop in planned.unknown_loops:
@@ -444,23 +474,50 @@ def describe(planned: StepPlan, devices: int) -> str:
     return "\n".join(lines)
 
 
-def _steps(planner: Planner, args: argparse.Namespace) -> Iterator[tuple[StepPlan, StepPlan | None]]:
-    """All steps, each with the nearest that fits where it does not."""
-    mesh = planner.mesh()
-    stages = args.stage or list(planner.stages)
+def _report(args: argparse.Namespace) -> dict[str, Any]:
+    """Plans what is asked for and prints it; returns the same, for JSON."""
+    began = time.monotonic()
+    config = read_config(args.config, args.set)
+    for stage in args.stage or []:
+        if getattr(config, stage) is None:
+            raise ValueError(f"--stage {stage}: the configuration has none.")
+    devices = topology(args.topology, args.slices)
+    planner = Planner(config, args.config.parent / "models", devices, args.stage or STAGES)
+    chips, assumed = len(devices) // planner.chip.devices, sorted(planner.assumed)
+    what = f"{args.slices} x {args.topology}" if args.slices > 1 else args.topology
+    print(f"{args.config} on {what}: {chips} chips, {planner.chip.name}, {config.dtype}")
+    for text in assumed:
+        print(f"assumed: {text}")
+    steps: list[StepPlan] = []
+    nearest: dict[str, StepPlan | None] = {}
     if args.max_batch:
-        for stage in stages:
-            yield planner.largest_batch(stage, mesh), None
-        return
-    work = [
-        (stage, bucket, shapes)
-        for stage in stages
-        for shapes in [planner.shapes(stage, args.batch)]
-        for bucket in reversed(shapes.buckets)
-    ]
-    for stage, bucket, shapes in tqdm(work, desc="compiling", unit="step", dynamic_ncols=True):
-        planned = planner.plan(stage, bucket, shapes, mesh)
-        yield planned, None if planned.fits else planner.nearest(planned, shapes)
+        for stage in planner.stages:
+            for planned in planner.largest_batch(stage):
+                steps.append(planned)
+                print(f"\n{describe(planned)}")
+    else:
+        for stage, bucket in planner.steps():
+            steps.append(planner.plan(stage, bucket, planner.mesh))
+            print(f"\n{describe(steps[-1])}")
+            if not steps[-1].fits and stage not in nearest:
+                nearest[stage] = found = planner.nearest(stage, bucket)
+                instead = " none was found" if found is None else f"\n{describe(found)}"
+                print(f"the nearest mesh or batch that fits:{instead}")
+    fits = all(step.fits for step in steps)
+    print(
+        f"\n{'fits' if fits else 'DOES NOT FIT'}. Compiled in {time.monotonic() - began:.0f} s by the TPU "
+        "compiler and not run: memory and collectives are the program's, times are what no step can be "
+        "faster than, not what one takes."
+    )
+    return {
+        "topology": args.topology,
+        "slices": args.slices,
+        "chips": chips,
+        "assumed": assumed,
+        "fits": fits,
+        "steps": [step.as_json() for step in steps],
+        "nearest": {stage: found and found.as_json() for stage, found in nearest.items()},
+    }
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -471,55 +528,23 @@ def main(argv: list[str] | None = None) -> int:
         "--topology", required=True, help="a slice, such as v4-32, v5e-16, v5p-8, v6e-8, tpu7x-8"
     )
     parser.add_argument("--slices", type=int, default=1, help="how many slices train together")
-    parser.add_argument("--stage", action="append", choices=["stage1", "stage2"], help="this stage alone")
-    size = parser.add_mutually_exclusive_group()
-    size.add_argument("--batch", type=int, help="batch_size, in place of the configuration's")
-    size.add_argument("--max-batch", action="store_true", help="looks for the largest batch_size that fits")
-    parser.add_argument("--json", action="store_true", help="prints one JSON object instead of text")
+    parser.add_argument("--stage", action="append", choices=STAGES, help="this stage alone")
+    parser.add_argument("--max-batch", action="store_true", help="looks for the largest batch_size that fits")
+    parser.add_argument(
+        "--json", action="store_true", help="prints one JSON object, and what is meant to be read on stderr"
+    )
     args = parser.parse_args(argv)
     jax.config.update("jax_platforms", "cpu")
-    began = time.monotonic()
+    # Of a device that is not there, programs can't be read back from JAX's cache: nothing is written to it.
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", math.inf)
     try:
-        config = read_config(args.config, args.set)
-        devices = topology(args.topology, args.slices)
-        planner = Planner(config, args.config.parent / "models", devices)
-        for stage in args.stage or []:
-            if stage not in planner.stages:
-                raise ValueError(f"--stage {stage}: the configuration has none.")
-        assumed = sorted({text for stage in planner.stages for text in planner.shapes(stage).assumed})
-        chips = len(devices) // planner.chip.devices
-        what = f"{args.slices} x {args.topology}" if args.slices > 1 else args.topology
-        if not args.json:
-            print(f"{args.config} on {what}: {chips} chips, {planner.chip.name}, {config.dtype}")
-            for text in assumed:
-                print(f"assumed: {text}")
-        steps = []
-        for planned, instead in _steps(planner, args):
-            steps.append({**dataclasses.asdict(planned), "bound": planned.bound, "fits": planned.fits})
-            steps[-1]["audio_per_hour"] = planned.audio_per_hour
-            if not planned.fits and not args.max_batch:
-                steps[-1]["nearest"] = None if instead is None else dataclasses.asdict(instead)
-            if not args.json:
-                tqdm.write("\n" + describe(planned, len(devices)))
-                if not planned.fits and not args.max_batch:
-                    nearest = "none was found" if instead is None else "\n" + describe(instead, len(devices))
-                    tqdm.write(f"the nearest mesh or batch that fits: {nearest}")
+        with contextlib.redirect_stdout(sys.stderr if args.json else sys.stdout):
+            report = _report(args)
     except (ValueError, FileNotFoundError, ImportError) as error:
-        parser.error(str(error))
-    fits = all(step["fits"] for step in steps)
+        parser.error(str(error))  # with status 2
     if args.json:
-        print(
-            json.dumps(
-                {"topology": args.topology, "chips": chips, "assumed": assumed, "fits": fits, "steps": steps}
-            )
-        )
-    else:
-        print(
-            f"\n{'fits' if fits else 'DOES NOT FIT'}. Compiled in {time.monotonic() - began:.0f} s by the TPU "
-            "compiler and not run: memory and collectives are the program's, times are what no step can be "
-            "faster than, not what one takes."
-        )
-    return 0 if fits else 1
+        print(json.dumps(report))
+    return 0 if report["fits"] else 1
 
 
 if __name__ == "__main__":

@@ -282,8 +282,9 @@ def train(
                 program, number = programs[plan.batch(step - 1).bucket], signalled()
                 try:
                     with log.waiting():
-                        batch = next(inputs)
-                except CorruptRecord as error:  # of this host alone: the others learn it from this step
+                        batch = next(inputs) if failure is None else program.blank(mesh)
+                except CorruptRecord as error:
+                    # The others learn it from this step, and meanwhile are in the next one.
                     batch, number, failure = program.blank(mesh), HOST_FAILED, error
                 if traced and step == traced[0] and hosts.is_first():
                     jax.profiler.start_trace(str(folder / "profile"))
@@ -292,7 +293,7 @@ def train(
                 save = step % config.save_every == 0 or step == config.steps
                 last_traced = bool(traced) and step == traced[-1]
                 # While a step runs the next one waits on the device, and no more: a signal is known soon.
-                came = settle(0 if save or last_traced or failure else 1)
+                came = settle(0 if save or last_traced else 1)
                 if last_traced and hosts.is_first():
                     jax.profiler.stop_trace()
                 if save or came:

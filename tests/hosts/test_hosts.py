@@ -83,7 +83,8 @@ def test_sigterm_to_one_process_stops_all_at_the_same_step_with_a_checkpoint(sma
 
 def test_a_record_that_one_process_can_not_read_stops_all_of_them(small_world, tmp_path):
     _, seed = make_corrupt(small_world / "train", tmp_path / "data")
-    changes = (*CHANGES, "stage1=null", f"data.train={tmp_path / 'data'}", f"seed={seed}")
+    data = f"data.train={tmp_path / 'data'}"
+    changes = (*CHANGES, "stage1=null", "stage2.steps=3", data, f"seed={seed}")  # an epoch
     started = cluster.start(2, 2, arguments(tmp_path / "run", small_world, *changes))
     results = cluster.finish(started)
     assert [status for status, _ in results] == [3, 3], results
