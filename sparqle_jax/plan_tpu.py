@@ -481,6 +481,10 @@ def _report(args: argparse.Namespace) -> dict[str, Any]:
     for stage in args.stage or []:
         if getattr(config, stage) is None:
             raise ValueError(f"--stage {stage}: the configuration has none.")
+    if args.batch is not None:
+        stages = {stage: one for stage in STAGES if (one := getattr(config, stage)) is not None}
+        changed = {n: one.model_copy(update={"batch_size": args.batch}) for n, one in stages.items()}
+        config = config.model_copy(update=changed)
     devices = topology(args.topology, args.slices)
     planner = Planner(config, args.config.parent / "models", devices, args.stage or STAGES)
     chips, assumed = len(devices) // planner.chip.devices, sorted(planner.assumed)
@@ -529,7 +533,9 @@ def main(argv: list[str] | None = None) -> int:
     )
     parser.add_argument("--slices", type=int, default=1, help="how many slices train together")
     parser.add_argument("--stage", action="append", choices=STAGES, help="this stage alone")
-    parser.add_argument("--max-batch", action="store_true", help="looks for the largest batch_size that fits")
+    size = parser.add_mutually_exclusive_group()
+    size.add_argument("--batch", type=int, help="batch_size, in place of the configuration's")
+    size.add_argument("--max-batch", action="store_true", help="looks for the largest batch_size that fits")
     parser.add_argument(
         "--json", action="store_true", help="prints one JSON object, and what is meant to be read on stderr"
     )
