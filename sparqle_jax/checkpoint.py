@@ -209,13 +209,16 @@ def _checksums(arrays: list[jax.Array]) -> list[jax.Array]:
 
 
 def _checksum(array: jax.Array) -> jax.Array:
-    """uint32: a sum, in any order, of all bits times weights by their places; modulo 2 ** 32."""
+    """uint32: the sum, in any order, of a hash of each element's bits and its place; modulo 2 ** 32."""
     bits = jax.lax.bitcast_convert_type(array, jnp.dtype(f"uint{8 * array.dtype.itemsize}"))
     place = jnp.zeros(array.shape, jnp.uint32)
     for axis, size in enumerate(array.shape):
         place = place * jnp.uint32(size) + jax.lax.broadcasted_iota(jnp.uint32, array.shape, axis)
-    weight = place * jnp.uint32(2654435761) | jnp.uint32(1)
-    return (bits.astype(jnp.uint32) * weight).sum(dtype=jnp.uint32)
+    # The finaliser of MurmurHash3: a sum that is linear in the bits may not see weights doubled.
+    mixed = bits.astype(jnp.uint32) ^ (place * jnp.uint32(2654435761))
+    mixed = (mixed ^ (mixed >> 16)) * jnp.uint32(0x85EBCA6B)
+    mixed = (mixed ^ (mixed >> 13)) * jnp.uint32(0xC2B2AE35)
+    return (mixed ^ (mixed >> 16)).sum(dtype=jnp.uint32)
 
 
 def fingerprint(module: nnx.Module) -> str:

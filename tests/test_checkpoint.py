@@ -127,6 +127,8 @@ def test_checksums_see_order_and_not_where_arrays_lie():
     spread = jax.device_put(jnp.arange(16.0), batch_sharding(mesh))
     assert checksums({"a": spread}) == checksums({"a": np.arange(16, dtype=np.float32)})
     assert checksums({"a": values}) != checksums({"a": jnp.arange(16.0)})
+    ones = jnp.linspace(1, 2, 512)
+    assert checksums({"a": ones}) != checksums({"a": 2 * ones})
     assert checksums({"a": jnp.zeros(3, jnp.bfloat16)}) != checksums({"a": jnp.ones(3, jnp.bfloat16)})
 
 
