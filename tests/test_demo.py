@@ -19,7 +19,7 @@ from sparqle_jax.demo import encoder, language_model, ship, study
 
 def run_demo(run, data, *more: str) -> dict:
     arguments = ["--run", str(run), "--data", str(data), "--train", "24", "--test", "8", "--steps", "3"]
-    small = ["--set", "stage2.batch_size=4", "--set", "stage2.log_every=1"]
+    small = ["--set", "stage2.batch_size=8", "--set", "stage2.log_every=1"]
     assert demo.main([*arguments, *small, *more]) == 0
     return json.loads((run / "results.json").read_text())
 
@@ -75,7 +75,7 @@ def test_from_scratch_to_a_package_of_its_own(small_world, tmp_path, monkeypatch
     sizes = dict(num_queries=4, span_frames=150, hidden_size=32, num_hidden_layers=1)
     sizes |= dict(num_attention_heads=2, intermediate_size=64, max_position_embeddings=32)
     changes = [f"adapter.sizes={json.dumps(sizes)}", "adapter.features=8", "max_new_tokens=8"]
-    changes += [f"{stage}.{size}" for stage in ("stage1", "stage2") for size in ("steps=2", "batch_size=4")]
+    changes += [f"{stage}.{size}" for stage in ("stage1", "stage2") for size in ("steps=2", "batch_size=8")]
     run = tmp_path / "run"
     arguments = [
         "--from-scratch",
@@ -112,7 +112,7 @@ def test_a_study_trains_variants_and_collects_their_scores(small_world, tmp_path
         study.main(["everything"])
 
     small = ["--data", str(small_world), "--folder", str(tmp_path), "--train", "24", "--test", "8"]
-    steps = ["--set", "stage2.steps=2", "--set", "stage2.batch_size=4"]
+    steps = ["--set", "stage2.steps=2", "--set", "stage2.batch_size=8"]
     assert study.main(["translations", *small, *steps]) == 0
     results = json.loads((tmp_path / "results.json").read_text())
     assert results["translations"].keys() == {"heard", "unheard"}
