@@ -117,6 +117,11 @@ class _Instruction(NamedTuple):
         match = re.search(r'op_name="([^"]*)"', self.attributes)
         return match[1] if match else ""
 
+    @property
+    def index(self) -> int:
+        """Of a get-tuple-element."""
+        return int(re.search(r"index=(\d+)", self.attributes)[1])
+
     def computations(self, *attributes: str) -> list[str]:
         """The names of the computations that these attributes hold: one, or several in braces."""
         pattern = rf"(?:{'|'.join(attributes)})=(?:%?([\w.\-]+)|\{{([^}}]*)\}})"
@@ -155,6 +160,34 @@ def _read(text: str) -> _Program:
     return _Program(computations, entry, math.prod(map(int, counts)))
 
 
+class _Scope(NamedTuple):
+    """A computation; if it is a loop's body or condition, also the loop and the computation around it."""
+
+    name: str
+    instructions: dict[str, _Instruction]
+    loop: _Instruction | None = None
+    around: "_Scope | None" = None
+
+    @property
+    def root(self) -> _Instruction:
+        return next(instruction for instruction in self.instructions.values() if instruction.root)
+
+    def uncopied(self, name: str) -> _Instruction:
+        """The instruction of this name, or the one of which it is a copy."""
+        instruction = self.instructions[name]
+        while instruction.opcode == "copy":
+            instruction = self.instructions[instruction.operands[0]]
+        return instruction
+
+    def place(self, name: str) -> int | None:
+        """Where in the state of this loop it is, if it is a part of it or a copy of one."""
+        instruction = self.uncopied(name)
+        if instruction.opcode != "get-tuple-element":
+            return None
+        source = self.instructions[instruction.operands[0]]
+        return instruction.index if source.opcode == "parameter" else None
+
+
 class _Reader:
     """Walks through a program from its entry, and counts."""
 
@@ -164,10 +197,13 @@ class _Reader:
         self.unknown: list[str] = []
 
     def census(self) -> Census:
-        return Census(tuple(self._computation(self.program.entry, 1)), tuple(self.unknown))
+        return Census(tuple(self._computation(self._scope(self.program.entry), 1)), tuple(self.unknown))
 
-    def _computation(self, name: str, times: int) -> list[Collective]:
-        instructions = self.program.computations[name]
+    def _scope(self, name: str) -> _Scope:
+        return _Scope(name, self.program.computations[name])
+
+    def _computation(self, scope: _Scope, times: int) -> list[Collective]:
+        instructions = scope.instructions
         results = {
             instruction.operands[0]: instruction.type
             for instruction in instructions.values()
@@ -178,20 +214,22 @@ class _Reader:
             kind = instruction.opcode.removesuffix("-start")
             if kind in _KINDS:
                 type_ = results.get(instruction.name, instruction.type)
-                scatters = name.startswith("all-reduce-scatter")
+                scatters = scope.name.startswith("all-reduce-scatter")
                 found += self._collective(instruction, kind, type_, times, scatters)
             elif instruction.opcode == "recv":
                 found += _from_other_slices(instruction, times)
             elif instruction.opcode == "while":
-                found += self._loop(instruction, instructions, times)
+                found += self._loop(instruction, scope, times)
             elif instruction.opcode == "conditional":
                 branches = instruction.computations(
                     "branch_computations", "true_computation", "false_computation"
                 )
-                found += max((self._computation(branch, times) for branch in branches), key=_total)
+                found += max(
+                    (self._computation(self._scope(branch), times) for branch in branches), key=_total
+                )
             else:
                 for called in instruction.computations("calls", "to_apply", "called_computations"):
-                    found += self._computation(called, times)
+                    found += self._computation(self._scope(called), times)
         return found
 
     def _collective(
@@ -210,51 +248,64 @@ class _Reader:
             kind, result = "reduce-scatter", result // group
         return [Collective(kind, times, result, group, False, instruction.source)]
 
-    def _loop(self, loop: _Instruction, around: dict[str, _Instruction], times: int) -> list[Collective]:
-        (body,) = loop.computations("body")
-        trips = self._trips(loop, around)
+    def _loop(self, loop: _Instruction, scope: _Scope, times: int) -> list[Collective]:
+        condition, body = self._inside(loop, scope)
+        trips = self._trips(loop, scope, condition, body)
         found = self._computation(body, times * (1 if trips is None else trips))
         if trips is None and found:
             self.unknown.append(loop.source or loop.name)
         return found
 
-    def _trips(self, loop: _Instruction, around: dict[str, _Instruction]) -> int | None:
+    def _inside(self, loop: _Instruction, scope: _Scope) -> tuple[_Scope, _Scope]:
+        """The condition and the body of a loop."""
+        names = [name for part in ("condition", "body") for name in loop.computations(part)]
+        condition, body = (_Scope(name, self.program.computations[name], loop, scope) for name in names)
+        return condition, body
+
+    def _trips(self, loop: _Instruction, scope: _Scope, condition: _Scope, body: _Scope) -> int | None:
         """How often a loop runs: as it says, or if it counts from one constant up to another."""
         known = re.search(r'"known_trip_count":\{"n":"(\d+)"', loop.attributes)
         if known:
             return int(known[1])
-        condition, body = (
-            self.program.computations[loop.computations(part)[0]] for part in ("condition", "body")
-        )
-        compare = _root(condition)
+        compare, initial, final = condition.root, scope.instructions[loop.operands[0]], body.root
         if compare.opcode != "compare" or "direction=LT" not in compare.attributes:
             return None
-        counter, limit = compare.operands
-        place = re.search(r"index=(\d+)", condition[counter].attributes)
-        initial, final = around[loop.operands[0]], _root(body)
-        if place is None or initial.opcode != "tuple" or final.opcode != "tuple":
+        counter = condition.place(compare.operands[0])
+        if counter is None or initial.opcode != "tuple" or final.opcode != "tuple":
             return None
-        index = int(place[1])
-        step = body[final.operands[index]]
-        start, stop = _constant(around, initial.operands[index]), _constant(condition, limit)
-        by = _constant(body, step.operands[1]) if step.opcode == "add" else None
+        step = body.instructions[final.operands[counter]]
+        if step.opcode != "add" or body.place(step.operands[0]) != counter:
+            return None
+        start = self._constant(initial.operands[counter], scope)
+        stop = self._constant(compare.operands[1], condition)
+        by = self._constant(step.operands[1], body)
         if start is None or stop is None or not by:
             return None
         return max(0, math.ceil((stop - start) / by))
 
-
-def _root(instructions: dict[str, _Instruction]) -> _Instruction:
-    return next(instruction for instruction in instructions.values() if instruction.root)
-
-
-def _constant(instructions: dict[str, _Instruction], name: str) -> int | None:
-    """The value of a whole constant, or of a copy of one; None for anything else."""
-    instruction = instructions.get(name)
-    while instruction is not None and instruction.opcode == "copy":
-        instruction = instructions.get(instruction.operands[0])
-    if instruction is None or instruction.opcode != "constant":
-        return None
-    return int(instruction.operands[0]) if re.fullmatch(r"-?\d+", instruction.operands[0]) else None
+    def _constant(self, name: str, scope: _Scope) -> int | None:
+        """The value of a whole constant, also by way of loops that hand it on unchanged; or else None."""
+        instruction = scope.uncopied(name)
+        if instruction.opcode == "constant":
+            value = instruction.operands[0]
+            return int(value) if re.fullmatch(r"-?\d+", value) else None
+        if instruction.opcode != "get-tuple-element":
+            return None
+        source = scope.instructions[instruction.operands[0]]
+        if source.opcode == "while":  # what that loop leaves
+            loop, around = source, scope
+        elif (
+            source.opcode == "parameter" and scope.loop is not None
+        ):  # what the loop has that this is part of
+            loop, around = scope.loop, scope.around
+        else:
+            return None
+        initial, (_, body) = around.instructions[loop.operands[0]], self._inside(loop, around)
+        if initial.opcode != "tuple" or body.root.opcode != "tuple":
+            return None
+        place = instruction.index
+        unchanged = body.place(body.root.operands[place]) == place
+        return self._constant(initial.operands[place], around) if unchanged else None
 
 
 def _from_other_slices(recv: _Instruction, times: int) -> list[Collective]:

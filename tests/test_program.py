@@ -156,6 +156,152 @@ class TestCensus:
         assert [collective.times for collective in found.collectives] == [1]
         assert found.unknown_loops == ("loop",)
 
+    # A product with a weight split over 16 chips in each of 3 layers, as TPU's compiler wrote it for v5e-16,
+    # without what computes: parts of the weight go round in a ring, both ways, 8 steps, two at a time.
+    RING = """
+        %wide.windowed_dot_general_body_ag.clone.sunk (wide.param.1: (u32[])) -> (u32[]) {
+          %constant.208..sunk2 = u32[]{:T(128)} constant(2)
+          %wide.param.1 = STATE parameter(0)
+          %get-tuple-element.209 = PART get-tuple-element(%wide.param.1), index=1
+          %collective-permute-start = SENT collective-permute-start(%get-tuple-element.209), BACK
+          %get-tuple-element.211 = PART get-tuple-element(%wide.param.1), index=3
+          %collective-permute-start.2 = SENT collective-permute-start(%get-tuple-element.211), FORTH
+          %get-tuple-element.212 = u32[]{:T(128)} get-tuple-element(%wide.param.1), index=4
+          %add.60 = u32[]{:T(128)} add(%get-tuple-element.212, %constant.208..sunk2)
+          %collective-permute-done = PART collective-permute-done(%collective-permute-start)
+          %collective-permute-start.1 = SENT collective-permute-start(%collective-permute-done), BACK
+          %collective-permute-done.2 = PART collective-permute-done(%collective-permute-start.2)
+          %collective-permute-start.3 = SENT collective-permute-start(%collective-permute-done.2), FORTH
+          %get-tuple-element.218 = bf16[1164,1024]{0,1:T(8,128)} get-tuple-element(%wide.param.1), index=0
+          %get-tuple-element.210 = bf16[1164,4096]{1,0:T(8,128)} get-tuple-element(%wide.param.1), index=2
+          %collective-permute-done.1 = PART collective-permute-done(%collective-permute-start.1)
+          %collective-permute-done.3 = PART collective-permute-done(%collective-permute-start.3)
+          %get-tuple-element.223 = u32[]{:T(128)} get-tuple-element(%wide.param.1), index=5
+          ROOT %tuple.47 = STATE tuple(%get-tuple-element.218, %collective-permute-done.1, \
+            %get-tuple-element.210, %collective-permute-done.3, %add.60, /*index=5*/%get-tuple-element.223)
+        }
+
+        %wide.windowed_dot_general_cond_ag.clone (wide.param.9: (u32[])) -> pred[] {
+          %constant.191 = u32[]{:T(128)} constant(8)
+          %wide.param.9 = STATE parameter(0)
+          %get-tuple-element.121 = u32[]{:T(128)} get-tuple-element(%wide.param.9), index=4
+          ROOT %compare.6 = pred[]{:T(512)} compare(%get-tuple-element.121, %constant.191), direction=LT
+        }
+
+        %wide.region_0.1_spmd.sunk (wide.param.0: (s32[])) -> (s32[]) {
+          %constant.203..sunk = u32[]{:T(128)} constant(0)
+          %constant.3.clone.1..sunk = s32[]{:T(128)} constant(1)
+          %wide.param.0 = LAYERS parameter(0)
+          %get-tuple-element.275 = s32[]{:T(128)} get-tuple-element(%wide.param.0), index=0
+          %get-tuple-element.294 = bf16[3,64,4096]{2,1,0} get-tuple-element(%wide.param.0), index=2
+          %constant_dynamic-slice_fusion.2 = PART fusion(%get-tuple-element.294, %get-tuple-element.275)
+          %collective-permute-start.8 = SENT collective-permute-start(%constant_dynamic-slice_fusion.2), \
+            FORTH
+          %custom-call.2 = bf16[1164,4096]{1,0} custom-call(), custom_call_target="AllocateBuffer"
+          %copy.38 = u32[]{:T(128)} copy(%constant.203..sunk)
+          %copy.8 = u32[]{:T(128)} copy(%copy.38)
+          %add.53 = s32[]{:T(128)} add(%get-tuple-element.275, %constant.3.clone.1..sunk)
+          %collective-permute-done.8 = PART collective-permute-done(%collective-permute-start.8)
+          %get-tuple-element.276 = bf16[1164,1024]{0,1} get-tuple-element(%wide.param.0), index=1
+          %tuple.45 = STATE tuple(%get-tuple-element.276, %constant_dynamic-slice_fusion.2, %custom-call.2, \
+            %collective-permute-done.8, %copy.8, /*index=5*/%constant.203..sunk)
+          %while.17 = STATE while(%tuple.45), condition=%wide.windowed_dot_general_cond_ag.clone, \
+            body=%wide.windowed_dot_general_body_ag.clone.sunk
+          %get-tuple-element.297 = u32[]{:T(128)} get-tuple-element(%wide.param.0), index=3
+          ROOT %tuple.53 = LAYERS tuple(%add.53, %get-tuple-element.276, %get-tuple-element.294, \
+            %get-tuple-element.297)
+        }
+
+        %wide.region_1.2_spmd (wide.param.5: (s32[])) -> pred[] {
+          %constant.10.clone.1 = s32[]{:T(128)} constant(3)
+          %wide.param.5 = LAYERS parameter(0)
+          %get-tuple-element.142 = s32[]{:T(128)} get-tuple-element(%wide.param.5), index=0
+          ROOT %lt.3 = pred[]{:T(512)} compare(%get-tuple-element.142, %constant.10.clone.1), direction=LT
+        }
+
+        ENTRY %main.4_spmd (param.7: bf16[3,64,4096], param.6: bf16[1164,1024]) -> f32[] {
+          %constant.14.clone = s32[]{:T(128)} constant(0)
+          %constant.203 = u32[]{:T(128)} constant(0)
+          %param.6 = bf16[1164,1024]{1,0} parameter(1)
+          %param.7 = bf16[3,64,4096]{2,1,0} parameter(0)
+          %copy.37 = s32[]{:T(128)} copy(%constant.14.clone)
+          %tuple.51 = LAYERS tuple(%copy.37, %param.6, %param.7, %constant.203)
+          %while.16 = LAYERS while(%tuple.51), condition=%wide.region_1.2_spmd, \
+            body=%wide.region_0.1_spmd.sunk
+          ROOT %get-tuple-element.35 = bf16[1164,1024]{0,1} get-tuple-element(%while.16), index=1
+        }"""
+
+    def ring(self, *changes: tuple[str, str]) -> str:
+        part = "bf16[1,64,4096]{2,1,0:T(8,128)(2,1)S(1)}"
+        back = [f"{{{i},{(i - 1) % 16}}}" for i in range(16)]
+        forth = [f"{{{i},{(i + 1) % 16}}}" for i in range(16)]
+        names = {
+            "STATE": f"(bf16[1164,1024]{{0,1}}, {part}, bf16[1164,4096], {part}, u32[], /*index=5*/u32[])",
+            "LAYERS": "(s32[]{:T(128)}, bf16[1164,1024]{0,1}, bf16[3,64,4096]{2,1,0}, u32[]{:T(128)})",
+            "SENT": f"({part}, {part}, u32[]{{:S(2)}}, u32[]{{:S(2)}})",
+            "PART": part,
+            "BACK": f"source_target_pairs={{{','.join(back)}}}",
+            "FORTH": f"source_target_pairs={{{','.join(forth)}}}",
+        }
+        text = self.RING
+        for old, new in (*changes, *names.items()):
+            assert old in text
+            text = text.replace(old, new)
+        return program(text, devices=16)
+
+    CARRIED = (  # of all layers, the loop around hands it on
+        "%copy.38 = u32[]{:T(128)} copy(%constant.203..sunk)",
+        "%get-tuple-element.9 = u32[]{:T(128)} get-tuple-element(%wide.param.0), index=3\n"
+        "          %copy.38 = u32[]{:T(128)} copy(%get-tuple-element.9)",
+    )
+    LEFT = (  # a loop before it left it as it was
+        "%copy.37 = s32[]{:T(128)} copy(%constant.14.clone)",
+        "%tuple.9 = LAYERS tuple(%constant.14.clone, %param.6, %param.7, %constant.14.clone)\n"
+        "          %while.9 = LAYERS while(%tuple.9), condition=%wide.region_1.2_spmd, "
+        "body=%wide.region_0.1_spmd.sunk\n"
+        "          %get-tuple-element.9 = s32[]{:T(128)} get-tuple-element(%while.9), index=3\n"
+        "          %copy.37 = s32[]{:T(128)} copy(%get-tuple-element.9)",
+    )
+
+    @pytest.mark.parametrize(("changes", "loops"), [((), 1), ((CARRIED,), 1), ((LEFT,), 2)])
+    def test_a_weight_that_goes_round_in_a_ring(self, changes, loops):
+        """As the compiler wrote it; and where the first number of its steps comes from further away."""
+        found = census(self.ring(*changes))
+        assert found.unknown_loops == ()
+        part = 64 * 4096 * 2
+        once = [("collective-permute", 3, part)] + [("collective-permute", 3 * 4, part)] * 4
+        assert [(one.kind, one.times, one.sent // one.times) for one in found.collectives] == once * loops
+        # To gather the weight, 15 parts would do: the two of the last step are there already.
+        assert sum(one.sent for one in found.collectives) == loops * 3 * 17 * part
+
+    @pytest.mark.parametrize(
+        "change",
+        [
+            # The first number, the step or the last one is no constant; it does not count up, or not itself.
+            ("copy(%constant.203..sunk)", "copy(%get-tuple-element.275)"),
+            ("add(%get-tuple-element.212, %constant.208..sunk2)", "add(%get-tuple-element.212, %add.60)"),
+            (
+                "compare(%get-tuple-element.121, %constant.191)",
+                "compare(%get-tuple-element.121, %wide.param.9)",
+            ),
+            ("%constant.191), direction=LT", "%constant.191), direction=NE"),
+            ("add(%get-tuple-element.212,", "add(%get-tuple-element.223,"),
+            ("add(%get-tuple-element.212,", "multiply(%get-tuple-element.212,"),
+            ("compare(%get-tuple-element.121,", "compare(%constant.191,"),
+            ("= u32[]{:T(128)} constant(2)", "= u32[]{:T(128)} constant({2})"),
+            ("%while.17 = STATE while(%tuple.45)", "%while.17 = STATE while(%constant.203..sunk)"),
+        ],
+    )
+    def test_a_ring_of_unknown_length(self, change):
+        found = census(self.ring(change))
+        assert found.unknown_loops == ("while.17",)
+        assert [one.times for one in found.collectives] == [3] * 5
+
+    def test_a_number_that_a_loop_changes_is_unknown(self):
+        """The layers' own number is where the steps begin."""
+        carried = (self.CARRIED[0], self.CARRIED[1].replace("index=3", "index=0"))
+        assert census(self.ring(carried)).unknown_loops == ("while.17",)
+
     def test_of_a_condition_the_branch_that_sends_more_counts(self):
         branches = [
             f"""
