@@ -126,10 +126,8 @@ def _aligner(model: Aligner, batch: Mapping) -> dict[str, int]:
 
     # STC trains what it compares. STM alone compares only to draw its negatives.
     comparing = _TRAINED if "stc" in model.losses else _FORWARD if "stm" in model.losses else 0
-    # STG reads keys and values of the queries alone: of their last layer nothing else.
+    # STG reads no more than keys and values of the queries, but a layer is computed as a whole.
     speaking = _TRAINED if "stg" in model.losses else comparing
-    last = _last_query_layer(config, size, frames)
-    speech = speaking * (_qformer(config, size, queries=queries, frames=frames) - last) + comparing * last
     heads = comparing * (
         _linear(size * queries, width, features)
         + _linear(size, width, features)  # of a text, its first token
@@ -137,7 +135,7 @@ def _aligner(model: Aligner, batch: Mapping) -> dict[str, int]:
     )
     parts = {
         "encoder": encoder,
-        "adapter, speech": speech,
+        "adapter, speech": speaking * _qformer(config, size, queries=queries, frames=frames),
         "adapter, text": comparing * _qformer(config, size, text=text),
     }
     if "stm" in model.losses:
@@ -202,15 +200,6 @@ def _qformer(
     flops += layers * 2 * _linear(size * tokens, width, config.intermediate_size)
     reading = -(-layers // config.cross_attention_freq) if queries else 0
     return flops + reading * _cross_attention(config, size, frames)
-
-
-def _last_query_layer(config: QFormerConfig, size: int, frames: int) -> int:
-    """Forward: the last layer of the queries alone, without its keys and values."""
-    width, rows = config.hidden_size, size * config.num_queries
-    flops = 2 * _linear(rows, width, width) + 2 * _linear(rows, width, config.intermediate_size)
-    flops += _attention(size, config.num_queries, config.num_queries, width)
-    reads = (config.num_hidden_layers - 1) % config.cross_attention_freq == 0
-    return flops + reads * _cross_attention(config, size, frames)
 
 
 def _cross_attention(config: QFormerConfig, size: int, frames: int) -> int:

@@ -57,8 +57,9 @@ PROMPT_TOKENS, TEXT_TOKENS = (48, 16), 128
 class StepPlan:
     """A step, compiled. Bytes are of one chip; times are the least that is possible, in seconds.
 
-    parameters, optimizer, batch: what of them lies on a chip. arguments: these and what is padded in their
-    layout; peak: the most at any time, arguments and results included.
+    parameters, optimizer, batch: what of them lies on a chip. beside: what training keeps there for the other
+    stage: in stage 1 the LLM. arguments: what the step is given, padded in its layout; peak: the most at any
+    time, arguments, results and what is beside included.
     error: the compiler's, when it does not fit; then all that only a compiled program tells is None.
     """
 
@@ -69,6 +70,7 @@ class StepPlan:
     parameters: int
     optimizer: int
     batch: int
+    beside: int
     hbm: int
     model_flops: int
     program_flops: int
@@ -151,9 +153,6 @@ class Planner:
         config, dtype = self.config, jnp.dtype(self.config.dtype)
         hubert = HubertConfig.from_dict(pretrained.read_config(self._folder(config.encoder), ("hubert",)))
         qformer = self._qformer_config(hubert.hidden_size, text=stage == "stage1")
-        if stage == "stage2":
-            folder = self._folder(config.llm)
-            llm = DecoderConfig.from_dict(pretrained.read_config(folder, tuple(FAMILIES)))
 
         def make() -> Aligner | SparQLe:
             rngs = nnx.Rngs(0)
@@ -162,12 +161,24 @@ class Planner:
             if stage == "stage1":
                 heads = AlignmentHeads(qformer.hidden_size, config.adapter.features, dtype=dtype, rngs=rngs)
                 return Aligner(encoder, adapter, heads, losses=config.stage1.losses)
-            remat = config.stage2.remat
-            decoder = Decoder(llm, dtype=dtype, param_dtype=dtype, remat=remat, rngs=rngs)
-            projection = make_projection(qformer.hidden_size, llm.hidden_size, dtype=dtype, rngs=rngs)
-            return SparQLe(encoder, adapter, projection, decoder)
+            llm = self._make_llm()
+            projection = make_projection(qformer.hidden_size, llm.config.hidden_size, dtype=dtype, rngs=rngs)
+            return SparQLe(encoder, adapter, projection, llm)
 
         return nnx.eval_shape(make)
+
+    def _make_llm(self) -> Decoder:
+        folder, dtype = self._folder(self.config.llm), jnp.dtype(self.config.dtype)
+        config = DecoderConfig.from_dict(pretrained.read_config(folder, tuple(FAMILIES)))
+        remat = self.config.stage2.remat
+        return Decoder(config, dtype=dtype, param_dtype=dtype, remat=remat, rngs=nnx.Rngs(0))
+
+    def _beside(self, stage: str, mesh: Mesh) -> int:
+        """Bytes on a device of what training loads for the other stage."""
+        if stage == "stage2" or self.config.stage2 is None:
+            return 0
+        llm = nnx.state(nnx.eval_shape(self._make_llm))
+        return _bytes(_with_shardings(llm, state_sharding(llm, mesh)))
 
     def _qformer_config(self, encoder_width: int, *, text: bool) -> QFormerConfig:
         start, sizes = self.config.adapter.start, dict(self.config.adapter.sizes)
@@ -240,6 +251,7 @@ class Planner:
             parameters=_bytes((state.trained, frozen)) * devices,
             optimizer=_bytes(state.optimizer) * devices,
             batch=_bytes(batch) * devices,
+            beside=self._beside(stage, mesh) * devices,
             hbm=self.chip.hbm_bytes,
             model_flops=sum(flops.analytic(self.modules[stage], batch).values()),
             program_flops=counted.total,
@@ -256,7 +268,15 @@ class Planner:
 
     def _measured(self, planned: StepPlan, compiled: jax.stages.Compiled) -> StepPlan:
         """With what the compiled program tells."""
-        devices, memory, found = self.chip.devices, compiled.memory_analysis(), census(compiled.as_text())
+        devices, memory = self.chip.devices, compiled.memory_analysis()
+        peak = memory.peak_memory_in_bytes * devices + planned.beside
+        if peak > planned.hbm:
+            error = (
+                f"The step fits, but not beside the LLM of stage 2, which training has loaded: together "
+                f"{peak / GIB:.2f} of {planned.hbm / GIB:.0f} GiB. With --set stage2=null it is not loaded."
+            )
+            return dataclasses.replace(planned, error=error)
+        found = census(compiled.as_text())
         sent = {False: 0, True: 0}
         gathered = 0
         for one in found.collectives:
@@ -267,7 +287,7 @@ class Planner:
         return dataclasses.replace(
             planned,
             arguments=memory.argument_size_in_bytes * devices,
-            peak=memory.peak_memory_in_bytes * devices,
+            peak=peak,
             collectives=_by_kind(found),
             unknown_loops=found.unknown_loops,
             hbm_time=moved * devices / self.chip.hbm_bandwidth,
@@ -441,9 +461,11 @@ def describe(planned: StepPlan) -> str:
         f"{planned.optimizer / GIB:.2f} GiB, batch {planned.batch / GIB:.2f} GiB",
     ]
     if planned.fits:
+        activations = planned.peak - planned.arguments - planned.beside
+        beside = f", the LLM of stage 2 {planned.beside / GIB:.2f} GiB" if planned.beside else ""
         lines.append(
             f"  fits         arguments {planned.arguments / GIB:.2f} GiB, activations "
-            f"{(planned.peak - planned.arguments) / GIB:.2f} GiB: at most {planned.peak / GIB:.2f} of "
+            f"{activations / GIB:.2f} GiB{beside}: at most {planned.peak / GIB:.2f} of "
             f"{planned.hbm / GIB:.0f} GiB"
         )
     else:

@@ -49,13 +49,15 @@ class Rule:
 
     target: path of the parameter. source: name of the tensor; further spellings follow in `others`.
     `{i}` is a layer's number: in both, where layers are a list; in the source alone, where the parameter
-    holds all layers, stacked. axes: the tensor's dimensions in the parameter's order, None for the same.
+    holds all layers, stacked, or `every` so many-th from the first on. axes: the tensor's dimensions in the
+    parameter's order, None for the same.
     """
 
     target: str
     source: str
     axes: tuple[int, ...] | None = None
     others: tuple[str, ...] = ()
+    every: int = 1
 
     @property
     def spellings(self) -> tuple[str, ...]:
@@ -151,31 +153,34 @@ DECODER = Table(
 TIED_DECODER = dataclasses.replace(DECODER, copies={"lm_head.weight": "model.embed_tokens.weight"})
 
 
-def _qformer_table(bert: str) -> Table:
+def bert_table(config: QFormerConfig, bert: str = "") -> Table:
     """The Q-Former's BERT part; `bert` is what stands before `bert.` and `cls.` in the names."""
     layer = f"{bert}bert.encoder.layer.{{i}}"
     head = f"{bert}cls.predictions"
+    cross_attentions = (
+        *_linear("cross_attentions.attention.query", f"{layer}.crossattention.self.query"),
+        *_linear("cross_attentions.attention.key", f"{layer}.crossattention.self.key"),
+        *_linear("cross_attentions.attention.value", f"{layer}.crossattention.self.value"),
+        *_linear("cross_attentions.attention.out", f"{layer}.crossattention.output.dense"),
+        *_norm("cross_attentions.norm", f"{layer}.crossattention.output.LayerNorm"),
+    )
     return Table(
         rules=(
             Rule("word_embeddings.embedding", f"{bert}bert.embeddings.word_embeddings.weight"),
             Rule("position_embeddings.embedding", f"{bert}bert.embeddings.position_embeddings.weight"),
             *_norm("embeddings_norm", f"{bert}bert.embeddings.LayerNorm"),
-            *_linear("layers.{i}.self_attention.attention.query", f"{layer}.attention.self.query"),
-            *_linear("layers.{i}.self_attention.attention.key", f"{layer}.attention.self.key"),
-            *_linear("layers.{i}.self_attention.attention.value", f"{layer}.attention.self.value"),
-            *_linear("layers.{i}.self_attention.attention.out", f"{layer}.attention.output.dense"),
-            *_norm("layers.{i}.self_attention.norm", f"{layer}.attention.output.LayerNorm"),
-            *_linear("layers.{i}.cross_attention.attention.query", f"{layer}.crossattention.self.query"),
-            *_linear("layers.{i}.cross_attention.attention.key", f"{layer}.crossattention.self.key"),
-            *_linear("layers.{i}.cross_attention.attention.value", f"{layer}.crossattention.self.value"),
-            *_linear("layers.{i}.cross_attention.attention.out", f"{layer}.crossattention.output.dense"),
-            *_norm("layers.{i}.cross_attention.norm", f"{layer}.crossattention.output.LayerNorm"),
-            *_linear("layers.{i}.text_mlp.up", f"{layer}.intermediate.dense"),
-            *_linear("layers.{i}.text_mlp.down", f"{layer}.output.dense"),
-            *_norm("layers.{i}.text_mlp.norm", f"{layer}.output.LayerNorm"),
-            *_linear("layers.{i}.query_mlp.up", f"{layer}.intermediate_query.dense"),
-            *_linear("layers.{i}.query_mlp.down", f"{layer}.output_query.dense"),
-            *_norm("layers.{i}.query_mlp.norm", f"{layer}.output_query.LayerNorm"),
+            *_linear("layers.self_attention.attention.query", f"{layer}.attention.self.query"),
+            *_linear("layers.self_attention.attention.key", f"{layer}.attention.self.key"),
+            *_linear("layers.self_attention.attention.value", f"{layer}.attention.self.value"),
+            *_linear("layers.self_attention.attention.out", f"{layer}.attention.output.dense"),
+            *_norm("layers.self_attention.norm", f"{layer}.attention.output.LayerNorm"),
+            *(dataclasses.replace(rule, every=config.cross_attention_freq) for rule in cross_attentions),
+            *_linear("layers.text_mlp.up", f"{layer}.intermediate.dense"),
+            *_linear("layers.text_mlp.down", f"{layer}.output.dense"),
+            *_norm("layers.text_mlp.norm", f"{layer}.output.LayerNorm"),
+            *_linear("layers.query_mlp.up", f"{layer}.intermediate_query.dense"),
+            *_linear("layers.query_mlp.down", f"{layer}.output_query.dense"),
+            *_norm("layers.query_mlp.norm", f"{layer}.output_query.LayerNorm"),
             *_linear("lm_transform", f"{head}.transform.dense"),
             *_norm("lm_norm", f"{head}.transform.LayerNorm"),
             Rule("lm_bias", f"{head}.bias"),
@@ -188,31 +193,35 @@ def _qformer_table(bert: str) -> Table:
     )
 
 
-_QFORMER = _qformer_table("Qformer.")
-QFORMER = Table(
-    (
-        *_norm("frames_norm", "ln_speech"),
-        Rule("query_tokens", "query_tokens"),
-        *_QFORMER.rules,
-    ),
-    ignored=_QFORMER.ignored,
-    copies=_QFORMER.copies,
-)
-# What the published checkpoint calls the trained parts of the two models.
-ALIGNER = QFORMER.within("adapter.") + Table(
-    (
-        *_linear("heads.speech_projection", "speech_proj"),
-        *_linear("heads.text_projection", "text_proj"),
-        *_linear("heads.matching", "itm_head"),
-        Rule("heads.temperature", "temp"),
+def qformer_table(config: QFormerConfig) -> Table:
+    """The Q-Former in the published checkpoint."""
+    return Table((*_norm("frames_norm", "ln_speech"), Rule("query_tokens", "query_tokens"))) + bert_table(
+        config, "Qformer."
     )
-)
-SPARQLE = QFORMER.within("adapter.") + Table(
-    (
-        Rule("projection.kernel", "llama_proj.weight", (1, 0), others=("llm_proj.weight",)),
-        Rule("projection.bias", "llama_proj.bias", others=("llm_proj.bias",)),
+
+
+def aligner_table(config: QFormerConfig) -> Table:
+    """What the published checkpoint calls the trained parts of an Aligner."""
+    return qformer_table(config).within("adapter.") + Table(
+        (
+            *_linear("heads.speech_projection", "speech_proj"),
+            *_linear("heads.text_projection", "text_proj"),
+            *_linear("heads.matching", "itm_head"),
+            Rule("heads.temperature", "temp"),
+        )
     )
-)
+
+
+def sparqle_table(config: QFormerConfig) -> Table:
+    """What the published checkpoint calls the trained parts of a SparQLe."""
+    return qformer_table(config).within("adapter.") + Table(
+        (
+            Rule("projection.kernel", "llama_proj.weight", (1, 0), others=("llm_proj.weight",)),
+            Rule("projection.bias", "llama_proj.bias", others=("llm_proj.bias",)),
+        )
+    )
+
+
 # Parts of the published files that belong to the other stage, or to the frozen towers.
 TOWERS = (r"speech_encoder\..*", r"(llama|llm)_model\..*")
 STAGE_1_ONLY = (
@@ -402,7 +411,7 @@ def _expand(table: Table, shapes: Mapping[tuple, tuple[int, ...]]) -> Iterator[E
             if not match:
                 continue
             if stacked and not numbered:
-                layers = [(i, i) for i in range(shapes[path][0])]
+                layers = [(i, i * rule.every) for i in range(shapes[path][0])]
             else:
                 layers = [(None, match[1] if numbered else None)]
             for layer, i in layers:
@@ -646,7 +655,7 @@ def qformer_from_bert(
     for key in list(tensors):
         if match := re.fullmatch(r"(bert\.encoder\.layer\.\d+\.)(intermediate|output)(\..*)", key):
             tensors[f"{match[1]}{match[2]}_query{match[3]}"] = tensors[key]
-    fresh = [r"query_tokens", r"frames_norm\..*", r"layers\.\d+\.cross_attention\..*"]
+    fresh = [r"query_tokens", r"frames_norm\..*", r"cross_attentions\..*"]
     # The reference's Q-Former has no segments, so their embeddings go, as do BERT's other heads.
     ignored = [
         r"bert\.embeddings\.token_type_embeddings\.weight",
@@ -670,7 +679,7 @@ def qformer_from_bert(
     def make(rngs: nnx.Rngs) -> QFormer:
         return QFormer(config, dtype=dtype, rngs=rngs)
 
-    table = _qformer_table("")
+    table = bert_table(config)
     return load(make, table, tensors, name=str(folder), mesh=mesh, ignored=ignored, fresh=fresh, rngs=rngs)
 
 
@@ -765,7 +774,7 @@ def load_sparqle(
     has_projection = any(name.endswith("_proj.weight") and name.startswith("ll") for name in tensors)
     trained = load(
         make,
-        SPARQLE,
+        sparqle_table(config),
         tensors,
         name=str(checkpoint),
         mesh=mesh,
@@ -800,7 +809,7 @@ def load_aligner(
             heads=AlignmentHeads(config.hidden_size, features, dtype=dtype, rngs=rngs),
         )
 
-    trained = load(make, ALIGNER, tensors, name=str(checkpoint), mesh=mesh, ignored=TOWERS)
+    trained = load(make, aligner_table(config), tensors, name=str(checkpoint), mesh=mesh, ignored=TOWERS)
     return Aligner(encoder, trained.adapter, trained.heads, losses=losses)
 
 
@@ -844,7 +853,8 @@ def save_published(model: SparQLe | Aligner, file: str | epath.Path) -> None:
     Raises ValueError for another ending.
     """
     file, config = epath.Path(file), model.adapter.config
-    tensors = export(nnx.state(model), ALIGNER if isinstance(model, Aligner) else SPARQLE)
+    table = aligner_table(config) if isinstance(model, Aligner) else sparqle_table(config)
+    tensors = export(nnx.state(model), table)
     # A buffer that PyTorch looks for.
     tensors["Qformer.bert.embeddings.position_ids"] = np.arange(config.max_position_embeddings)[None]
     metadata = {"qformer": json.dumps(dataclasses.asdict(config))}

@@ -160,7 +160,9 @@ class TestStage1:
         assert_close(total, numbers["loss"])
         for name in ("stc", "stm", "stg"):
             assert_close(parts[name], numbers[f"loss_{name}"])
-        assert_gradients_close(pretrained.export(gradients, pretrained.ALIGNER), numbers)
+        assert_gradients_close(
+            pretrained.export(gradients, pretrained.aligner_table(aligner.adapter.config)), numbers
+        )
 
 
 class TestStage2:
@@ -186,7 +188,9 @@ class TestStage2:
 
         value, gradients = jax.value_and_grad(loss)(trained, frozen)
         assert_close(value, numbers["loss"])
-        assert_gradients_close(pretrained.export(gradients, pretrained.SPARQLE), numbers)
+        assert_gradients_close(
+            pretrained.export(gradients, pretrained.sparqle_table(sparqle.adapter.config)), numbers
+        )
 
 
 # What transformers' `generate` was asked for: the names say the rest.

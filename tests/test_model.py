@@ -135,7 +135,7 @@ def test_stage_2_starts_from_stage_1(aligner, sparqle):
     np.testing.assert_allclose(call(started.embed_speech, {"waveform": waveform}), expected, atol=1e-5)
     assert not started.adapter.config.text
     names = {path[1] for path, _ in nnx.to_flat_state(partition(started)[1]) if path[0] == "adapter"}
-    assert names == {"frames_norm", "query_tokens", "embeddings_norm", "layers"}
+    assert names == {"frames_norm", "query_tokens", "embeddings_norm", "layers", "cross_attentions"}
 
 
 def test_bfloat16_towers(tiny, sparqle):

@@ -379,6 +379,7 @@ def memory(monkeypatch):
                 parameters=0,
                 optimizer=0,
                 batch=0,
+                beside=0,
                 hbm=self.chip.hbm_bytes,
                 model_flops=1,
                 program_flops=1,

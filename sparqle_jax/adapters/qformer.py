@@ -17,7 +17,8 @@ from jax.typing import DTypeLike
 from sparqle_jax import layers
 from sparqle_jax.sharding import split_batch
 
-KeysValues = tuple[jax.Array, jax.Array]  # keys and values of one layer, each [B, C, N, H]
+# Keys and values: of one layer each [B, C, N, H]; of all layers with these as their first dimension.
+KeysValues = tuple[jax.Array, jax.Array]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -51,6 +52,10 @@ class QFormerConfig:
         for name in ("num_queries", "cross_attention_freq", "num_hidden_layers"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name}={getattr(self, name)} must be at least 1.")
+
+    @property
+    def num_cross_attentions(self) -> int:
+        return -(-self.num_hidden_layers // self.cross_attention_freq)
 
     @classmethod
     def from_bert(cls, config: dict[str, Any], **sizes) -> "QFormerConfig":
@@ -122,21 +127,12 @@ class AttentionBlock(nnx.Module):
 
 
 class QFormerLayer(nnx.Module):
-    """Self-attention over queries and text; cross-attention for queries; a feed-forward for each half."""
+    """Self-attention over queries and text; a feed-forward for each half; for queries also a cross-attention,
+    which only some layers have: it is given."""
 
-    def __init__(
-        self,
-        config: QFormerConfig,
-        index: int,
-        *,
-        dtype: DTypeLike,
-        param_dtype: DTypeLike,
-        rngs: nnx.Rngs,
-    ):
+    def __init__(self, config: QFormerConfig, *, dtype: DTypeLike, param_dtype: DTypeLike, rngs: nnx.Rngs):
         kwargs = dict(dtype=dtype, param_dtype=param_dtype, rngs=rngs)
         self.self_attention = AttentionBlock(config, config.hidden_size, **kwargs)
-        has_cross = index % config.cross_attention_freq == 0
-        self.cross_attention = AttentionBlock(config, config.encoder_width, **kwargs) if has_cross else None
         self.query_mlp = FeedForward(config, **kwargs)
         self.text_mlp = FeedForward(config, **kwargs) if config.text else None
 
@@ -145,6 +141,7 @@ class QFormerLayer(nnx.Module):
         x: jax.Array,
         num_queries: int,
         mask: jax.Array | None,
+        cross_attention: AttentionBlock | None,
         frames: jax.Array | None,
         frames_mask: jax.Array | None,
         cached: KeysValues | None,
@@ -163,9 +160,9 @@ class QFormerLayer(nnx.Module):
         x = self.self_attention(x, seen, mask, keys[0])
         queries, text = x[:, :num_queries], x[:, num_queries:]
         if num_queries:
-            if self.cross_attention is not None:
-                source = self.cross_attention.attention.keys_values(frames)
-                queries = self.cross_attention(queries, source, frames_mask, keys[1])
+            if cross_attention is not None:
+                source = cross_attention.attention.keys_values(frames)
+                queries = cross_attention(queries, source, frames_mask, keys[1])
             queries = self.query_mlp(queries, keys[2])
         if text.shape[1]:
             text = self.text_mlp(text, keys[3])
@@ -198,7 +195,15 @@ class QFormer(nnx.Module):
             queries += sinusoids(places, width).astype(param_dtype)
         self.query_tokens = nnx.Param(queries, axes=(None, None, "embed"))
         self.embeddings_norm = layers.LayerNorm(width, eps, **norm)
-        self.layers = nnx.List([QFormerLayer(config, i, **kwargs) for i in range(config.num_hidden_layers)])
+        kinds = dict(dtype=dtype, param_dtype=param_dtype)
+        self.layers = layers.stack(
+            lambda rngs: QFormerLayer(config, **kinds, rngs=rngs), config.num_hidden_layers, rngs
+        )
+        self.cross_attentions = layers.stack(
+            lambda rngs: AttentionBlock(config, config.encoder_width, **kinds, rngs=rngs),
+            config.num_cross_attentions,
+            rngs,
+        )
         if config.text:
             # Embeddings are looked up in float32: the residual stream starts here.
             table = dict(dtype=jnp.float32, param_dtype=param_dtype, rngs=rngs)
@@ -218,8 +223,8 @@ class QFormer(nnx.Module):
 
     def encode_queries(
         self, frames: jax.Array, frames_mask: jax.Array | None = None, key: jax.Array | None = None
-    ) -> tuple[jax.Array, list[KeysValues]]:
-        """Queries alone -> (queries [B, Q, A], each layer's keys and values for `encode_text_causally`).
+    ) -> tuple[jax.Array, KeysValues]:
+        """Queries alone -> (queries [B, Q, A], the layers' keys and values for `encode_text_causally`).
 
                  q1 q2 q3   frames
         query 1   x  x  x     x
@@ -240,12 +245,13 @@ class QFormer(nnx.Module):
         placed = self._place(frames)
         mask = None if frames_mask is None else frames_mask.astype(bool)[:, None, None, :]
         maps = []
-        for layer in self.layers:
-            if layer.cross_attention is not None:
+        for number in range(self.config.num_hidden_layers):
+            layer, cross_attention = self._layer(number)
+            if cross_attention is not None:
                 attention = layer.self_attention.attention
                 attended = layer.self_attention(x, attention.keys_values(x), None, None)
-                maps.append(layer.cross_attention.attention.weights(attended, placed, mask).mean(1))
-            x, _ = layer(x, self.config.num_queries, None, placed, mask, None, None)
+                maps.append(cross_attention.attention.weights(attended, placed, mask).mean(1))
+            x, _ = layer(x, self.config.num_queries, None, cross_attention, placed, mask, None, None)
         return jnp.stack(maps)
 
     def encode_text(self, ids: jax.Array, mask: jax.Array, key: jax.Array | None = None) -> jax.Array:
@@ -284,7 +290,7 @@ class QFormer(nnx.Module):
         return x[:, :num_queries]
 
     def encode_text_causally(
-        self, ids: jax.Array, mask: jax.Array, cache: list[KeysValues], key: jax.Array | None = None
+        self, ids: jax.Array, mask: jax.Array, cache: KeysValues, key: jax.Array | None = None
     ) -> jax.Array:
         """Text from left to right on the queries' cached keys and values -> [B, L, A], for `lm_logits`.
 
@@ -343,25 +349,60 @@ class QFormer(nnx.Module):
         mask: jax.Array | None,
         frames: jax.Array | None,
         frames_mask: jax.Array | None,
-        cache: list[KeysValues] | None,
+        cache: KeysValues | None,
         key: jax.Array | None,
-    ) -> tuple[jax.Array, list[KeysValues]]:
-        """The layers: x [B, num_queries + L, A] -> the same, and every layer's keys and values."""
+    ) -> tuple[jax.Array, KeysValues]:
+        """The layers: x [B, num_queries + L, A] -> the same, and their keys and values."""
         if frames is not None:
             frames = self._place(frames)
         if frames_mask is not None:
             frames_mask = frames_mask.astype(bool)[:, None, None, :]
         if mask is not None:
             mask = mask.astype(bool)
-        all_keys_values = []
-        for i, layer in enumerate(self.layers):
-            cached = None if cache is None else cache[i]
-            layer_key = None if key is None else jax.random.fold_in(key, i)
-            with jax.named_scope(f"layer_{i}"):
-                x, keys_values = layer(x, num_queries, mask, frames, frames_mask, cached, layer_key)
-                x = split_batch(x)
-            all_keys_values.append(keys_values)
-        return x, all_keys_values
+        graph, state = nnx.split(self.layers)
+        cross_graph, cross_state = nnx.split(self.cross_attentions)
+
+        def block(x, part):
+            """A layer with cross-attention, and those without up to the next."""
+            of_layers, of_cross = part
+            cross_attention = nnx.merge(cross_graph, of_cross)
+            all_keys_values = []
+            for i in range(len(of_layers[0])):
+                number, state, cached = _at(of_layers, i)
+                layer_key = None if key is None else jax.random.fold_in(key, number)
+                layer = nnx.merge(graph, state)
+                x, keys_values = layer(
+                    x, num_queries, mask, cross_attention, frames, frames_mask, cached, layer_key
+                )
+                x, cross_attention = split_batch(x), None
+                all_keys_values.append(keys_values)
+            return x, jax.tree.map(lambda *layers: jnp.stack(layers), *all_keys_values)
+
+        freq = self.config.cross_attention_freq
+        of_layers = (jnp.arange(self.config.num_hidden_layers), state, cache)
+        whole, rest = divmod(self.config.num_hidden_layers, freq)
+        blocks = jax.tree.map(lambda x: x[: whole * freq].reshape(whole, freq, *x.shape[1:]), of_layers)
+        with jax.named_scope("layers"):
+            x, keys_values = jax.lax.scan(block, x, (blocks, _at(cross_state, slice(whole))))
+            keys_values = jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), keys_values)
+            if rest:
+                x, last = block(x, (_at(of_layers, slice(-rest, None)), _at(cross_state, whole)))
+                keys_values = jax.tree.map(lambda *x: jnp.concatenate(x), keys_values, last)
+        return x, keys_values
+
+    def _layer(self, number: int) -> tuple[QFormerLayer, AttentionBlock | None]:
+        """A layer, and its cross-attention if it has one."""
+        graph, state = nnx.split(self.layers)
+        layer = nnx.merge(graph, _at(state, number))
+        block, place = divmod(number, self.config.cross_attention_freq)
+        if place:
+            return layer, None
+        graph, state = nnx.split(self.cross_attentions)
+        return layer, nnx.merge(graph, _at(state, block))
+
+
+def _at(stacked: Any, index: int | slice) -> Any:
+    return jax.tree.map(lambda x: x[index], stacked)
 
 
 def sinusoids(places: jax.Array, width: int) -> jax.Array:
