@@ -16,7 +16,7 @@ from jax.interpreters import partial_eval
 from sparqle_jax.adapters.qformer import QFormerConfig
 from sparqle_jax.encoders.hubert import HubertConfig
 from sparqle_jax.llms.decoder import DecoderConfig
-from sparqle_jax.model import Aligner, SparQLe
+from sparqle_jax.model import Aligner, SpeechLLM
 
 
 @dataclasses.dataclass(frozen=True)
@@ -103,7 +103,7 @@ _TRAINED, _FROZEN, _FORWARD = 3, 2, 1
 
 
 def analytic(
-    model: Aligner | SparQLe, batch: Mapping[str, jax.Array | jax.ShapeDtypeStruct]
+    model: Aligner | SpeechLLM, batch: Mapping[str, jax.Array | jax.ShapeDtypeStruct]
 ) -> dict[str, int]:
     """What one training step must compute, by part of the model; their sum is the step's.
 
@@ -114,9 +114,9 @@ def analytic(
     """
     if isinstance(model, Aligner):
         return _aligner(model, batch)
-    if isinstance(model, SparQLe):
+    if isinstance(model, SpeechLLM):
         return _sparqle(model, batch)
-    raise TypeError(f"only an Aligner and a SparQLe are trained here, not a {type(model).__name__}.")
+    raise TypeError(f"only an Aligner and a SpeechLLM are trained here, not a {type(model).__name__}.")
 
 
 def _aligner(model: Aligner, batch: Mapping) -> dict[str, int]:
@@ -151,7 +151,7 @@ def _aligner(model: Aligner, batch: Mapping) -> dict[str, int]:
     return parts | {"heads": heads}
 
 
-def _sparqle(model: SparQLe, batch: Mapping) -> dict[str, int]:
+def _sparqle(model: SpeechLLM, batch: Mapping) -> dict[str, int]:
     adapter, llm = model.adapter.config, model.llm.config
     encoder, (size, frames) = _encoder(model.encoder.config, batch)
     queries, answer = adapter.num_queries, batch["answer"].shape[1]

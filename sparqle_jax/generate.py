@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from sparqle_jax.llms.decoder import Decoder, KVCache
-from sparqle_jax.model import Batch, SparQLe, last_real
+from sparqle_jax.model import Batch, SpeechLLM, last_real
 
 NEVER = -1.0e9  # the score of what must not be chosen, as in transformers: finite, so that sums stay so
 
@@ -46,8 +46,8 @@ class GenerationConfig:
             raise ValueError(f"repetition_penalty={self.repetition_penalty} must be above 0 (1 is none).")
 
 
-def generate(model: SparQLe, batch: Batch, config: GenerationConfig) -> jax.Array:
-    """Answers to a batch (see `SparQLe`, without its answer): int32 [B, max_new_tokens].
+def generate(model: SpeechLLM, batch: Batch, config: GenerationConfig) -> jax.Array:
+    """Answers to a batch (see `SpeechLLM`, without its answer): int32 [B, max_new_tokens].
 
     An answer stands with the token that ended it, if it ended, and `pad_token_id` after that. Compiled
     once for each shape of the batch and each configuration.

@@ -1,7 +1,7 @@
-"""The two models that are trained: `Aligner` in stage 1, `SparQLe` in stage 2 and for inference.
+"""The two models that are trained: `Aligner` in stage 1, `SpeechLLM` in stage 2 and for inference.
 
     Aligner   waveform -> encoder -> Q-Former <-> text             (STC + STM + STG, no LLM)
-    SparQLe   waveform -> encoder -> adapter -> projection -> LLM  (loss on the answer)
+    SpeechLLM waveform -> encoder -> adapter -> projection -> LLM  (loss on the answer)
 
 Both have `loss(batch, key, *, train) -> (loss, metrics)`: the key draws negatives and, when `train`,
 dropout. Batches are dictionaries of arrays, with parts from `audio.pad`, `prompts.collate_texts` (stage 1)
@@ -154,7 +154,7 @@ class Aligner(nnx.Module):
         return sum(parts.values()), parts
 
 
-class SparQLe(nnx.Module):
+class SpeechLLM(nnx.Module):
     """Stage 2 and inference: the frozen LLM reads BOS, prompt, speech, prompt, and answers.
 
     batch: waveform float [B, S], waveform_mask bool [B, S], or the encoder's frames of them (see
@@ -181,7 +181,7 @@ class SparQLe(nnx.Module):
         self.compat = compat
 
     @classmethod
-    def from_aligner(cls, aligner: Aligner, llm: Decoder, *, rngs: nnx.Rngs) -> "SparQLe":
+    def from_aligner(cls, aligner: Aligner, llm: Decoder, *, rngs: nnx.Rngs) -> "SpeechLLM":
         """Stage 2 from stage 1: the same encoder and adapter, without its text half; a new projection."""
         config = dataclasses.replace(aligner.adapter.config, text=False)
         graph, abstract = nnx.split(

@@ -35,7 +35,7 @@ from sparqle_jax.data.pipeline import SKIPPED
 from sparqle_jax.data.plan import Bucket, batch_sizes
 from sparqle_jax.encoders.hubert import Hubert, HubertConfig
 from sparqle_jax.llms.decoder import FAMILIES, Decoder, DecoderConfig
-from sparqle_jax.model import Aligner, AlignmentHeads, SparQLe, make_projection, partition
+from sparqle_jax.model import Aligner, AlignmentHeads, SpeechLLM, make_projection, partition
 from sparqle_jax.program import Census, census
 from sparqle_jax.sharding import (
     MESH_AXES,
@@ -148,13 +148,13 @@ class Planner:
             "model, or put its config.json there; its weights are not needed."
         )
 
-    def _abstract_model(self, stage: str) -> Aligner | SparQLe:
+    def _abstract_model(self, stage: str) -> Aligner | SpeechLLM:
         """The model of a stage, of shapes alone, as training makes it."""
         config, dtype = self.config, jnp.dtype(self.config.dtype)
         hubert = HubertConfig.from_dict(pretrained.read_config(self._folder(config.encoder), ("hubert",)))
         qformer = self._qformer_config(hubert.hidden_size, text=stage == "stage1")
 
-        def make() -> Aligner | SparQLe:
+        def make() -> Aligner | SpeechLLM:
             rngs = nnx.Rngs(0)
             encoder = Hubert(hubert, dtype=dtype, param_dtype=dtype, rngs=rngs)
             adapter = QFormer(qformer, dtype=dtype, rngs=rngs)
@@ -163,7 +163,7 @@ class Planner:
                 return Aligner(encoder, adapter, heads, losses=config.stage1.losses)
             llm = self._make_llm()
             projection = make_projection(qformer.hidden_size, llm.config.hidden_size, dtype=dtype, rngs=rngs)
-            return SparQLe(encoder, adapter, projection, llm)
+            return SpeechLLM(encoder, adapter, projection, llm)
 
         return nnx.eval_shape(make)
 

@@ -32,7 +32,7 @@ from sparqle_jax.adapters.qformer import QFormer, QFormerConfig
 from sparqle_jax.compat import Compat
 from sparqle_jax.encoders.hubert import Hubert, HubertConfig
 from sparqle_jax.llms.decoder import FAMILIES, Decoder, DecoderConfig
-from sparqle_jax.model import STAGE_1_LOSSES, Aligner, AlignmentHeads, SparQLe, make_projection
+from sparqle_jax.model import STAGE_1_LOSSES, Aligner, AlignmentHeads, SpeechLLM, make_projection
 from sparqle_jax.sharding import state_sharding
 
 MakeModule = Callable[[nnx.Rngs], nnx.Module]
@@ -213,7 +213,7 @@ def aligner_table(config: QFormerConfig) -> Table:
 
 
 def sparqle_table(config: QFormerConfig) -> Table:
-    """What the published checkpoint calls the trained parts of a SparQLe."""
+    """What the published checkpoint calls the trained parts of a SpeechLLM."""
     return qformer_table(config).within("adapter.") + Table(
         (
             Rule("projection.kernel", "llama_proj.weight", (1, 0), others=("llm_proj.weight",)),
@@ -750,7 +750,7 @@ def load_sparqle(
     mesh: Mesh | None = None,
     rngs: nnx.Rngs | None = None,
     **values,
-) -> SparQLe:
+) -> SpeechLLM:
     """A stage-2 model from a checkpoint in the published names, such as SparQLe_best.pt.
 
     encoder, llm: the loaded towers; or their configurations, when the checkpoint holds the towers too.
@@ -782,7 +782,7 @@ def load_sparqle(
         fresh=[] if rngs is None or has_projection else [r"projection\..*"],
         rngs=rngs,
     )
-    return SparQLe(encoder, trained.adapter, trained.projection, llm, compat=compat)
+    return SpeechLLM(encoder, trained.adapter, trained.projection, llm, compat=compat)
 
 
 def load_aligner(
@@ -846,7 +846,7 @@ def export(state: nnx.State, table: Table) -> dict[str, np.ndarray]:
     return tensors | copies
 
 
-def save_published(model: SparQLe | Aligner, file: str | epath.Path) -> None:
+def save_published(model: SpeechLLM | Aligner, file: str | epath.Path) -> None:
     """Saves what trains under the published names: `.safetensors`, or `.pt` as the PyTorch code loads it.
 
     The Q-Former's configuration goes with it. Of several hosts, which call this together, the first writes.

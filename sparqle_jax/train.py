@@ -61,7 +61,7 @@ from sparqle_jax.data.plan import Batch, Plan, choose_buckets
 from sparqle_jax.encoders.hubert import Hubert
 from sparqle_jax.evaluate import evaluate, table
 from sparqle_jax.llms.decoder import Decoder
-from sparqle_jax.model import Aligner, AlignmentHeads, SparQLe, make_projection, partition
+from sparqle_jax.model import Aligner, AlignmentHeads, SpeechLLM, make_projection, partition
 from sparqle_jax.sharding import (
     MESH_AXES,
     batch_parts,
@@ -636,7 +636,7 @@ class Run:
             if self.aligner is None:
                 self.model = _make_sparqle(config, encoder, self.llm, self.mesh, rngs)
             else:
-                self.model = SparQLe.from_aligner(self.aligner, self.llm, rngs=rngs)
+                self.model = SpeechLLM.from_aligner(self.aligner, self.llm, rngs=rngs)
             _try(self.model, self.stages[-1])
         _check_folder(config.run, self.identity)
         if config.data.frames is not None:
@@ -703,7 +703,7 @@ class Run:
     def _train_stage2(self, stage: Stage, profile: int) -> dict[str, Any]:
         config, folder = self.config, _stage_folder(self.config, stage.name)
         if self.aligner is not None:
-            self.model = SparQLe.from_aligner(self.aligner, self.llm, rngs=nnx.Rngs(config.seed))
+            self.model = SpeechLLM.from_aligner(self.aligner, self.llm, rngs=nnx.Rngs(config.seed))
         self.model = self._run(self.model, stage, folder, profile)
         settings = ModelSettings(
             encoder=config.encoder,
@@ -766,7 +766,7 @@ def _test_plan(waveforms: Waveforms, batch_size: int, parts: int, name: str) -> 
     return Plan(lengths, choose_buckets(lengths, 1), size, seed=0)
 
 
-def _try(model: Aligner | SparQLe, stage: Stage) -> None:
+def _try(model: Aligner | SpeechLLM, stage: Stage) -> None:
     """Traces the loss of a batch of the longest recordings, without running it: sizes that do not fit raise
     ValueError here."""
     longest = stage.plan.one_of_each()[-1]
@@ -878,7 +878,7 @@ def _make_aligner(config: Config, encoder: Hubert, tokenizer: Any, mesh: Mesh, r
     return Aligner(encoder, adapter, heads, losses=config.stage1.losses)
 
 
-def _make_sparqle(config: Config, encoder: Hubert, llm: Decoder, mesh: Mesh, rngs: nnx.Rngs) -> SparQLe:
+def _make_sparqle(config: Config, encoder: Hubert, llm: Decoder, mesh: Mesh, rngs: nnx.Rngs) -> SpeechLLM:
     start, sizes, dtype = config.adapter.start, dict(config.adapter.sizes), jnp.dtype(config.dtype)
     if start is not None and not start.is_dir():
         return pretrained.load_sparqle(start, encoder, llm, dtype=dtype, mesh=mesh, rngs=rngs, **sizes)
@@ -888,7 +888,7 @@ def _make_sparqle(config: Config, encoder: Hubert, llm: Decoder, mesh: Mesh, rng
     else:
         adapter = QFormer(QFormerConfig(**sizes), dtype=dtype, rngs=rngs)
     projection = make_projection(adapter.config.hidden_size, llm.config.hidden_size, dtype=dtype, rngs=rngs)
-    return SparQLe(encoder, adapter, projection, llm)
+    return SpeechLLM(encoder, adapter, projection, llm)
 
 
 def _evaluate_answers(

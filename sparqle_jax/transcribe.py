@@ -25,7 +25,7 @@ from flax import nnx
 from sparqle_jax import audio, hosts, pretrained, prompts
 from sparqle_jax.data.pipeline import TRANSCRIBE, instructions
 from sparqle_jax.generate import GenerationConfig, generate
-from sparqle_jax.model import SparQLe
+from sparqle_jax.model import SpeechLLM
 
 MINIATURE = Path(__file__).parent / "demo" / "models" / "sparqle"
 
@@ -44,7 +44,7 @@ class ModelSettings(pydantic.BaseModel, frozen=True, extra="forbid"):
     dtype: Literal["float32", "bfloat16"]
 
 
-def save_model(model: SparQLe, folder: str | epath.Path, settings: ModelSettings) -> None:
+def save_model(model: SpeechLLM, folder: str | epath.Path, settings: ModelSettings) -> None:
     """Writes a model folder; of several hosts, which call this together, the first does."""
     folder = epath.Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
@@ -67,7 +67,7 @@ class Listener:
 
     def __init__(
         self,
-        model: SparQLe,
+        model: SpeechLLM,
         prompter: prompts.Prompter,
         extractor: audio.FeatureExtractor,
         settings: ModelSettings,

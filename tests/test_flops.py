@@ -18,7 +18,7 @@ from sparqle_jax.model import (
     STAGE_1_LOSSES,
     Aligner,
     AlignmentHeads,
-    SparQLe,
+    SpeechLLM,
     encode_speech,
     make_projection,
     partition,
@@ -68,7 +68,7 @@ def with_losses(aligner: Aligner, losses: tuple[str, ...]) -> Aligner:
     return Aligner(aligner.encoder, aligner.adapter, aligner.heads, losses=losses)
 
 
-def with_remat(sparqle: SparQLe, remat: str) -> SparQLe:
+def with_remat(sparqle: SpeechLLM, remat: str) -> SpeechLLM:
     again = nnx.clone(sparqle)
     again.encoder.remat = again.llm.remat = remat
     return again
@@ -235,7 +235,7 @@ class TestAnalytic:
             llm = make_decoder(
                 28, num_key_value_heads=1, head_dim=6, tie_word_embeddings=True, qk_norm=True, vocab_size=41
             )
-            return SparQLe(encoder, adapter, make_projection(20, 28, rngs=nnx.Rngs(0)), llm)
+            return SpeechLLM(encoder, adapter, make_projection(20, 28, rngs=nnx.Rngs(0)), llm)
 
         aligner = nnx.eval_shape(stage1)
         for losses in SUBSETS:
@@ -287,7 +287,7 @@ def test_xla_counts_the_same(stage, monkeypatch):
         if stage == 1:
             return Aligner(encoder, adapter, AlignmentHeads(width, rngs=nnx.Rngs(0)))
         llm = make_decoder(width, num_key_value_heads=2, vocab_size=3001)
-        return SparQLe(encoder, adapter, make_projection(width, width, rngs=nnx.Rngs(0)), llm)
+        return SpeechLLM(encoder, adapter, make_projection(width, width, rngs=nnx.Rngs(0)), llm)
 
     batch = stage1_batch(samples=7000, text=11) if stage == 1 else stage2_batch(samples=7000, answer=35)
     model = nnx.eval_shape(make)

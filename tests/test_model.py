@@ -6,7 +6,7 @@ from flax import nnx
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from sparqle_jax.model import FREEZING, Aligner, SparQLe, partition
+from sparqle_jax.model import FREEZING, Aligner, SpeechLLM, partition
 from sparqle_jax.prompts import collate
 from sparqle_jax.sharding import make_mesh, state_sharding
 from tests.batches import padded, stage1_batch, stage2_batch
@@ -85,7 +85,7 @@ def test_published_behaviour(tiny, sparqle):
         exact = call(sparqle.embed_speech, batch)
         assert np.abs(exact - expected).max() > 1e-3
     with pytest.raises(ValueError, match=r"compat must be one of \[None, 'published'\], got 'paper'"):
-        SparQLe(sparqle.encoder, sparqle.adapter, sparqle.projection, sparqle.llm, compat="paper")
+        SpeechLLM(sparqle.encoder, sparqle.adapter, sparqle.projection, sparqle.llm, compat="paper")
 
 
 def test_a_prompt_that_ends_with_the_speech(sparqle):
@@ -128,7 +128,7 @@ def test_frames_in_a_batch_stand_for_its_waveform(aligner, sparqle):
 
 def test_stage_2_starts_from_stage_1(aligner, sparqle):
     """The same adapter without its text half; speech goes through it as before."""
-    started = SparQLe.from_aligner(aligner, sparqle.llm, rngs=nnx.Rngs(0))
+    started = SpeechLLM.from_aligner(aligner, sparqle.llm, rngs=nnx.Rngs(0))
     waveform = np.random.default_rng(0).normal(size=(1, 1600)).astype(np.float32)
     frames, _ = call(aligner.encoder.__call__, waveform)
     expected = started.projection(call(aligner.adapter.__call__, frames))

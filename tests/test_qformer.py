@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from sparqle_jax import pretrained
 from sparqle_jax.adapters.qformer import QFormer, QFormerConfig
-from sparqle_jax.model import SparQLe
+from sparqle_jax.model import SpeechLLM
 from tests.conftest import call
 
 CONFIG = QFormerConfig(
@@ -187,6 +187,6 @@ def test_with_places_queries_tell_frames_of_another_order_apart(rng):
 
 def test_places_are_kept_with_the_adapter(tmp_path, tiny, sparqle):
     config = dataclasses.replace(sparqle.adapter.config, span_frames=150)
-    model = SparQLe(sparqle.encoder, QFormer(config, rngs=nnx.Rngs(0)), sparqle.projection, sparqle.llm)
+    model = SpeechLLM(sparqle.encoder, QFormer(config, rngs=nnx.Rngs(0)), sparqle.projection, sparqle.llm)
     pretrained.save_published(model, tmp_path / "a.safetensors")
     assert pretrained.qformer_config(tmp_path / "a.safetensors") == config

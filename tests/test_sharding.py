@@ -14,7 +14,7 @@ from sparqle_jax.config import OptimConfig
 from sparqle_jax.data.pipeline import SKIPPED
 from sparqle_jax.encoders.hubert import Hubert, HubertConfig
 from sparqle_jax.llms.decoder import Decoder, DecoderConfig
-from sparqle_jax.model import Aligner, AlignmentHeads, SparQLe, make_projection, partition
+from sparqle_jax.model import Aligner, AlignmentHeads, SpeechLLM, make_projection, partition
 from sparqle_jax.sharding import batch_sharding, make_mesh, state_sharding
 from sparqle_jax.train import TrainState, make_optimizer, make_update, state_shardings
 from tests.batches import stage1_batch, stage2_batch
@@ -59,11 +59,11 @@ def make_aligner(qformer: QFormerConfig) -> Aligner:
     return Aligner(Hubert(HUBERT, rngs=rngs), QFormer(qformer, rngs=rngs), AlignmentHeads(16, 8, rngs=rngs))
 
 
-def make_sparqle(qformer: QFormerConfig) -> SparQLe:
+def make_sparqle(qformer: QFormerConfig) -> SpeechLLM:
     rngs = nnx.Rngs(0)
     adapter = QFormer(dataclasses.replace(qformer, text=False), rngs=rngs)
     projection = make_projection(16, 32, rngs=rngs)
-    return SparQLe(Hubert(HUBERT, rngs=rngs), adapter, projection, Decoder(LLM, rngs=rngs))
+    return SpeechLLM(Hubert(HUBERT, rngs=rngs), adapter, projection, Decoder(LLM, rngs=rngs))
 
 
 MODELS = {"stage1": (make_aligner, stage1_batch), "stage2": (make_sparqle, stage2_batch)}

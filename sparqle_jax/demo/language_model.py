@@ -164,7 +164,7 @@ class Texts:
 
 
 def embed(llm: Decoder, batch: dict, key: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """The whole prompt with the sentence in it, blurred as the batch says: as `SparQLe.embed_prompt`."""
+    """The whole prompt with the sentence in it, blurred as the batch says: as `SpeechLLM.embed_prompt`."""
     table = llm.embeddings.embedding[...]
     tokens = jnp.einsum("BQL,BLM->BQM", batch["weights"], llm.embed(batch["middle"]))
     blank = 1.0 - batch["weights"].sum(-1, keepdims=True)
