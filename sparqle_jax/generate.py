@@ -1,125 +1,224 @@
-"""From speech and prompt to the tokens of an answer: greedy and beam search on a cache of fixed size.
+"""From speech and prompt to the tokens of an answer: greedy and beam search, and sampling.
 
-One program: a prefill that reads the prompt, then a loop that stops when all answers have ended. The
-results are those of transformers' `generate` for the same settings (generation/utils.py there).
+Two programs: `_prefill` reads the prompt into a cache of fixed size and chooses the first tokens, `_decode`
+goes on for some steps. Between those, answers that have ended are left out, so that they cost nothing more.
+The results are those of transformers' `generate` for the same settings (generation/utils.py there).
 """
 
+import contextlib
 import dataclasses
 import functools
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Iterator
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from sparqle_jax.llms.decoder import Decoder, KVCache
+from sparqle_jax import hosts
+from sparqle_jax.llms.decoder import KVCache, split_cache
 from sparqle_jax.model import Batch, SpeechLLM, last_real
+from sparqle_jax.sharding import BATCH_AXES, MESH_AXES, batch_parts
 
 NEVER = -1.0e9  # the score of what must not be chosen, as in transformers: finite, so that sums stay so
+CHUNK = 8  # steps of `_decode`
+CACHE_MULTIPLE = 32  # of places: prompts of about the same length share a `_decode`
+SMALLEST_BATCH = 4  # of which no answers are left out: a step costs about the same for fewer
 
 
 @dataclasses.dataclass(frozen=True)
 class GenerationConfig:
-    """Settings, under transformers' names; all are static in a compiled program.
+    """Settings, under transformers' names; all but the seed are static in a compiled program.
 
     eos_token_ids: tokens that end an answer (`Prompter.end_id`); pad_token_id: what stands after its end.
-    early_stopping: whether beam search ends as soon as there are `num_beams` whole answers.
+    min_new_tokens, max_new_tokens: how many tokens an answer has, its end included.
+    length_penalty, early_stopping: of beam search. It ends as soon as there are `num_beams` whole answers
+    (True), when better ones are unlikely (False), or when they can't be ("never").
+    do_sample: draws tokens instead of taking the best; temperature, top_k (0: all), top_p and seed say how.
     """
 
     max_new_tokens: int
     eos_token_ids: tuple[int, ...]
     pad_token_id: int = 0
+    min_new_tokens: int = 0
     num_beams: int = 1
     length_penalty: float = 1.0
-    early_stopping: bool = False
+    early_stopping: bool | Literal["never"] = False
     repetition_penalty: float = 1.0
     no_repeat_ngram_size: int = 0
+    do_sample: bool = False
+    temperature: float = 1.0
+    top_k: int = 0
+    top_p: float = 1.0
+    seed: int = 0
 
     def __post_init__(self):
         if self.max_new_tokens < 1 or self.num_beams < 1:
             raise ValueError(
                 f"max_new_tokens={self.max_new_tokens} and num_beams={self.num_beams} must be at least 1."
             )
+        if not 0 <= self.min_new_tokens <= self.max_new_tokens:
+            raise ValueError(
+                f"min_new_tokens={self.min_new_tokens} must be between 0 and "
+                f"max_new_tokens={self.max_new_tokens}."
+            )
         if not self.eos_token_ids:
             raise ValueError("eos_token_ids is empty: give the tokens that end an answer (Prompter.end_id).")
+        if not (isinstance(self.early_stopping, bool) or self.early_stopping == "never"):
+            raise ValueError(f'early_stopping={self.early_stopping!r} must be True, False or "never".')
         if self.repetition_penalty <= 0:
             raise ValueError(f"repetition_penalty={self.repetition_penalty} must be above 0 (1 is none).")
+        if self.no_repeat_ngram_size < 0:
+            raise ValueError(
+                f"no_repeat_ngram_size={self.no_repeat_ngram_size} must be at least 0 (which is none)."
+            )
+        if self.do_sample and self.num_beams > 1:
+            raise ValueError(
+                f"do_sample=True with num_beams={self.num_beams}: sampling has one beam; choose either."
+            )
+        if self.temperature <= 0:
+            raise ValueError(
+                f"temperature={self.temperature} must be above 0; for the best tokens, do_sample=False."
+            )
+        if self.top_k < 0:
+            raise ValueError(f"top_k={self.top_k} must be at least 0 (which is all tokens).")
+        if not 0 <= self.top_p <= 1:
+            raise ValueError(f"top_p={self.top_p} must be between 0 and 1 (which is all tokens).")
+        if not 0 <= self.seed < 2**32:
+            raise ValueError(f"seed={self.seed} must be between 0 and 2**32 - 1.")
 
 
-def generate(model: SpeechLLM, batch: Batch, config: GenerationConfig) -> jax.Array:
+def generate(model: SpeechLLM, batch: Batch, config: GenerationConfig) -> np.ndarray:
     """Answers to a batch (see `SpeechLLM`, without its answer): int32 [B, max_new_tokens].
 
-    An answer stands with the token that ended it, if it ended, and `pad_token_id` after that. Compiled
-    once for each shape of the batch and each configuration.
+    An answer stands with the token that ended it, if it ended, and `pad_token_id` after that. It is the same
+    in any batch. Drawn answers too: all rows draw by `config.seed`, unless the batch has a `seed` int [B],
+    for rows that are to differ. Compiled once for each shape of the batch and each configuration, but for
+    the seed; see `compiled`.
     """
-    graph, state = nnx.split(model)
-    return _generate(graph, state, dict(batch), config)
+    *_, tokens = stream(model, batch, config)
+    rest = config.max_new_tokens - tokens.shape[1]
+    return np.pad(tokens, ((0, 0), (0, rest)), constant_values=config.pad_token_id)
 
 
-@functools.partial(jax.jit, static_argnums=(0, 3))
-def _generate(graph: nnx.GraphDef, state: nnx.State, batch: Batch, config: GenerationConfig) -> jax.Array:
-    model = nnx.merge(graph, state)
-    prompt, mask = model.embed_prompt(batch)
-    size = prompt.shape[1] + config.max_new_tokens
-    hidden, cache = model.llm(prompt, mask, model.llm.init_cache(prompt.shape[0], size))
-    logits = model.llm.logits(last_real(hidden, mask))
-    search = _greedy if config.num_beams == 1 else _beam
-    return search(model.llm, logits, cache, config)
+def stream(model: SpeechLLM, batch: Batch, config: GenerationConfig) -> Iterator[np.ndarray]:
+    """The answers as they come, every few tokens: int32 [B, tokens so far].
+
+    Of beam search, the best so far, which may still change. The last is what `generate` gives.
+    """
+    programs = _Programs(model, config)
+    state, news = programs.prefill(batch)
+    step, going, tokens = map(hosts.whole, news)
+    answers, rows = tokens.copy(), np.arange(len(tokens))
+    sizes = _smaller_sizes(len(tokens), programs.parts)
+    yield answers[:, :step].copy()
+    while going.any():
+        while sizes and going.sum() <= sizes[0]:
+            kept = np.argsort(~going, kind="stable")[: sizes.pop(0)]
+            state, rows, going = programs.keep(state, kept), rows[kept], going[kept]
+        state, news = programs.decode(state)
+        step, going, tokens = map(hosts.whole, news)
+        answers[rows] = tokens
+        yield answers[:, :step].copy()
 
 
-def _next_logits(llm: Decoder, tokens: jax.Array, cache: KVCache) -> tuple[jax.Array, KVCache]:
-    """tokens int [B] -> float32 [B, V] for the token after them."""
-    hidden, cache = llm(tokens[:, None], None, cache)
-    return llm.logits(hidden[:, 0]), cache
+def compiled(model: SpeechLLM, batch: Batch, config: GenerationConfig) -> float:
+    """Compiles all that `generate` needs for a batch of this shape: seconds it took, 0.0 if it was there.
+
+    Nothing is run; in the batch there may be `jax.ShapeDtypeStruct` in place of arrays.
+    """
+    programs = _Programs(model, config, run=False)
+    before, start = len(_executables), time.perf_counter()
+    state, (_, going, _) = programs.prefill(batch)
+    programs.decode(state)
+    for size in _smaller_sizes(len(going), programs.parts):
+        state = programs.keep(state, np.arange(size))
+        programs.decode(state)
+    return time.perf_counter() - start if len(_executables) > before else 0.0
 
 
-def _ends(tokens: jax.Array, config: GenerationConfig) -> jax.Array:
-    return jnp.isin(tokens, jnp.array(config.eos_token_ids))
+def _smaller_sizes(batch: int, parts: int) -> list[int]:
+    """What a batch shrinks to as its answers end: half or less, a multiple of the mesh's parts, and so on."""
+    size, sizes = parts, []
+    while size <= batch // 2:
+        if size >= SMALLEST_BATCH:
+            sizes.insert(0, size)
+        size *= 2
+    return sizes
 
 
-def _discourage(
-    scores: jax.Array, tokens: jax.Array, length: jax.Array, config: GenerationConfig
-) -> jax.Array:
-    """Repetition penalty and banned n-grams: scores [B, V], tokens int [B, L] of which `length` are there."""
-    size = config.no_repeat_ngram_size
-    rows = jnp.arange(tokens.shape[0])[:, None]
-    there = jnp.arange(tokens.shape[1]) < length
-    if config.repetition_penalty != 1.0:
-        seen = jnp.zeros(scores.shape, bool).at[rows, tokens].max(there)
-        penalty = config.repetition_penalty
-        scores = jnp.where(seen, jnp.where(scores < 0, scores * penalty, scores / penalty), scores)
-    if 0 < size <= tokens.shape[1]:
-        # An n-gram that begins like the last n - 1 tokens must not end as it did before.
-        starts = jnp.arange(tokens.shape[1] - size + 1)
-        windows = tokens[:, starts[:, None] + jnp.arange(size)]  # [B, starts, size]
-        last = jax.lax.dynamic_slice_in_dim(tokens, jnp.maximum(length - size + 1, 0), size - 1, 1)
-        same = (windows[..., :-1] == last[:, None]).all(-1) & (starts + size <= length)
-        banned = jnp.zeros(scores.shape, bool).at[rows, windows[..., -1]].max(same)
-        scores = jnp.where(banned, -jnp.inf, scores)
-    return scores
+_executables: dict[Any, jax.stages.Compiled] = {}
 
 
-def _greedy(llm: Decoder, logits: jax.Array, cache: KVCache, config: GenerationConfig) -> jax.Array:
-    batch, steps = logits.shape[0], config.max_new_tokens
-    tokens = jnp.full((batch, steps), config.pad_token_id, jnp.int32)
+class _Programs:
+    """The programs for a model and a configuration; with run=False they give the shapes of their results.
 
-    def choose(i, logits, tokens, ended):
-        token = jnp.argmax(_discourage(logits, tokens, i, config), -1).astype(jnp.int32)
-        token = jnp.where(ended, config.pad_token_id, token)
-        return tokens.at[:, i].set(token), ended | _ends(token, config)
+    They are compiled ahead of their first run, so that compiling can be had without running.
+    """
 
-    def going_on(state):
-        i, _, ended, _ = state
-        return (i < steps) & ~ended.all()
+    def __init__(self, model: SpeechLLM, config: GenerationConfig, *, run: bool = True):
+        self.model, self.llm, self.run = nnx.split(model), nnx.split(model.llm), run
+        self.config, self.seed = dataclasses.replace(config, seed=0), config.seed
+        self.mesh = _mesh(self.model[1])
+        self.parts = 1 if self.mesh is None else batch_parts(self.mesh)
 
-    def step(state):
-        i, tokens, ended, cache = state
-        logits, cache = _next_logits(llm, tokens[:, i - 1], cache)
-        tokens, ended = choose(i, logits, tokens, ended)
-        return i + 1, tokens, ended, cache
+    def prefill(self, batch: Batch) -> tuple["_State", "_News"]:
+        seeds = batch.get("seed", np.full(batch["before"].shape[0], self.seed, np.uint32))
+        graph, parameters = self.model
+        return self._call(_prefill, (graph, self.config), parameters, dict(batch), seeds)
 
-    tokens, ended = choose(0, logits, tokens, jnp.zeros(batch, bool))
-    return jax.lax.while_loop(going_on, step, (jnp.int32(1), tokens, ended, cache))[1]
+    def decode(self, state: "_State") -> tuple["_State", "_News"]:
+        graph, parameters = self.llm
+        return self._call(_decode, (graph, self.config), parameters, state)
+
+    def keep(self, state: "_State", rows: np.ndarray) -> "_State":
+        return self._call(_keep, (), state, rows)
+
+    def _call(self, function: Callable, static: tuple, *args: Any) -> Any:
+        leaves, structure = jax.tree.flatten(args)
+        arrays = tuple((x.shape, x.dtype, getattr(x, "sharding", None)) for x in leaves)
+        key = (function, static, self.mesh, structure, arrays)
+        if key not in _executables:
+            with contextlib.nullcontext() if self.mesh is None else jax.set_mesh(self.mesh):
+                _executables[key] = function.lower(*static, *args).compile()
+        executable = _executables[key]
+        if self.run:
+            return executable(*args)
+        return jax.tree.map(
+            lambda x, sharding: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding),
+            executable.out_info,
+            executable.output_shardings,
+        )
+
+
+def _mesh(parameters: nnx.State) -> Mesh | None:
+    """The mesh that the caller is in (`jax.set_mesh`), or else the one that the parameters lie on."""
+    mesh = jax.sharding.get_mesh()
+    if not mesh.empty:
+        return mesh
+    sharding = getattr(jax.tree.leaves(parameters)[0], "sharding", None)
+    on_mesh = isinstance(sharding, NamedSharding) and sharding.mesh.axis_names == MESH_AXES
+    return sharding.mesh if on_mesh else None
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass
+class _Answers:
+    """State of greedy search and of sampling.
+
+    tokens int [B, L]; going bool [B]: which have not ended; seeds uint32 [B].
+    """
+
+    tokens: jax.Array
+    going: jax.Array
+    seeds: jax.Array
+
+    @property
+    def best(self) -> jax.Array:
+        return self.tokens
 
 
 @jax.tree_util.register_dataclass
@@ -128,81 +227,247 @@ class _Beams:
     """State of beam search.
 
     tokens int [B, W, L], scores [B, W]: the beams that go on. done_*: the best whole answers so far, their
-    scores divided by length ** length_penalty, and which of them are there. open bool [B]: could a
-    beam still become one of the best?
+    scores divided by length ** length_penalty, and which of them are there. going bool [B]: could a beam
+    still become one of the best?
     """
 
-    step: jax.Array
     tokens: jax.Array
     scores: jax.Array
     done_tokens: jax.Array
     done_scores: jax.Array
     done: jax.Array
-    open: jax.Array
+    going: jax.Array
+
+    @property
+    def best(self) -> jax.Array:
+        none = (self.going & ~self.done[:, 0])[:, None]
+        return jnp.where(none, self.tokens[:, 0], self.done_tokens[:, 0])
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass
+class _State:
+    """Between programs: how many tokens are chosen, int32 []; the LLM's cache of B * W rows; the answers."""
+
+    step: jax.Array
     cache: KVCache
+    answers: _Answers | _Beams
 
 
-def _beam(llm: Decoder, logits: jax.Array, cache: KVCache, config: GenerationConfig) -> jax.Array:
-    batch, vocab = logits.shape
-    beams, length = config.num_beams, config.max_new_tokens
-    # If every beam's best continuation ended it, there are still as many others to go on with.
-    kept = max(2, 1 + len(config.eos_token_ids)) * beams
-    empty = jnp.full((batch, beams, length), config.pad_token_id, jnp.int32)
+_News = tuple[jax.Array, jax.Array, jax.Array]  # step int32 [], going bool [B], the best answers int [B, L]
 
-    def continue_beams(state: _Beams, logits: jax.Array) -> _Beams:
-        """One token more: logits [B, W, V] -> the state after it, with the cache in the new beams' order."""
-        scores = jax.nn.log_softmax(logits).reshape(batch * beams, vocab)
-        scores = _discourage(scores, state.tokens.reshape(batch * beams, length), state.step, config)
-        scores = (scores.reshape(batch, beams, vocab) + state.scores[..., None]).reshape(batch, -1)
-        scores, chosen = jax.lax.top_k(scores, kept)
-        parents, token = chosen // vocab, chosen % vocab
-        tokens = _take(state.tokens, parents).at[:, :, state.step].set(token.astype(jnp.int32))
-        ended = _ends(token, config) | (state.step + 1 >= length)
 
-        going_scores, going = jax.lax.top_k(scores + NEVER * ended, beams)
-        whole = ended & (jnp.arange(kept) < beams)
-        full = state.done.all(1, keepdims=True) & config.early_stopping
-        done_scores = scores / (state.step + 1.0) ** config.length_penalty
-        done_scores += NEVER * full + NEVER * ~state.open[:, None] + NEVER * ~whole
-        done_scores, best = jax.lax.top_k(jnp.concatenate([state.done_scores, done_scores], 1), beams)
-        done = _take(jnp.concatenate([state.done, whole], 1), best)
+def _news(state: _State) -> _News:
+    return state.step, state.answers.going, state.answers.best
 
-        reachable = going_scores[:, 0] / (state.step + 1.0) ** config.length_penalty
-        worst = jnp.where(done, done_scores.min(1, keepdims=True), NEVER)
-        return _Beams(
-            step=state.step + 1,
-            tokens=_take(tokens, going),
-            scores=going_scores,
-            done_tokens=_take(jnp.concatenate([state.done_tokens, tokens], 1), best),
-            done_scores=done_scores,
-            done=done,
-            open=state.open & (reachable[:, None] > worst).any(1),
-            cache=_reorder(state.cache, _take(parents, going)),
-        )
 
-    def going_on(state: _Beams) -> jax.Array:
-        all_done = state.done.all() & config.early_stopping
-        return (state.step < length) & state.open.any() & ~all_done
+@functools.partial(jax.jit, static_argnums=(0, 1))
+def _prefill(
+    graph: nnx.GraphDef, config: GenerationConfig, parameters: nnx.State, batch: Batch, seeds: jax.Array
+) -> tuple[_State, _News]:
+    """Reads the prompts and chooses the first tokens."""
+    model = nnx.merge(graph, parameters)
+    prompt, mask = model.embed_prompt(batch)
+    size = _cache_size(prompt.shape[1] + config.max_new_tokens, model.llm.config.max_position_embeddings)
+    hidden, cache = model.llm(prompt, mask, model.llm.init_cache(prompt.shape[0], size))
+    logits = model.llm.logits(last_real(hidden, mask))
+    answers = _start(seeds, config) if config.num_beams == 1 else _start_beams(len(seeds), config)
+    cache, logits = _repeat(cache, config.num_beams), jnp.repeat(logits, config.num_beams, 0)
+    state = _choose(_State(jnp.int32(0), cache, answers), logits, config)
+    return state, _news(state)
 
-    def step(state: _Beams) -> _Beams:
-        last = jax.lax.dynamic_index_in_dim(state.tokens, state.step - 1, 2, keepdims=False)
-        logits, cache = _next_logits(llm, last.reshape(-1), state.cache)
-        state = dataclasses.replace(state, cache=cache)
-        return continue_beams(state, logits.reshape(batch, beams, vocab))
 
-    start = _Beams(
-        step=jnp.int32(0),
+def _cache_size(needed: int, most: int) -> int:
+    rounded = -(-needed // CACHE_MULTIPLE) * CACHE_MULTIPLE
+    return max(needed, min(rounded, most))
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1), donate_argnums=3)
+def _decode(
+    graph: nnx.GraphDef, config: GenerationConfig, parameters: nnx.State, state: _State
+) -> tuple[_State, _News]:
+    """Up to CHUNK tokens more, until all answers have ended."""
+    llm = nnx.merge(graph, parameters)
+    stop = state.step + CHUNK
+
+    def going_on(state: _State) -> jax.Array:
+        return (state.step < stop) & state.answers.going.any()
+
+    def step(state: _State) -> _State:
+        tokens = state.answers.tokens.reshape(-1, config.max_new_tokens)
+        last = jax.lax.dynamic_slice_in_dim(tokens, state.step - 1, 1, 1)
+        hidden, cache = llm(last, None, state.cache)
+        return _choose(dataclasses.replace(state, cache=cache), llm.logits(hidden[:, 0]), config)
+
+    state = jax.lax.while_loop(going_on, step, state)
+    return state, _news(state)
+
+
+@jax.jit
+def _keep(state: _State, rows: jax.Array) -> _State:
+    """Goes on with these rows int [B'] alone."""
+    beams = len(state.cache.mask) // len(state.answers.going)
+    places = (rows[:, None] * beams + jnp.arange(beams)).reshape(-1)
+    cache = _map_rows(state.cache, lambda x, axis: jnp.take(x, places, axis))
+    answers = jax.tree.map(lambda x: x[rows], state.answers)
+    return _State(state.step, split_cache(cache), _split(answers))
+
+
+def _split(answers: _Answers | _Beams) -> _Answers | _Beams:
+    """As `split_batch`; a batch that can't be split is whole everywhere, so that programs agree on it."""
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.empty:
+        return answers
+    spec = PartitionSpec() if len(answers.going) % batch_parts(mesh) else PartitionSpec(BATCH_AXES)
+    return jax.lax.with_sharding_constraint(answers, spec)
+
+
+def _choose(state: _State, logits: jax.Array, config: GenerationConfig) -> _State:
+    """One token more for every answer: logits float32 [B * W, V]."""
+    if config.num_beams == 1:
+        answers, cache = _choose_tokens(state.answers, state.step, logits, config), state.cache
+    else:
+        answers, parents = _continue_beams(state.answers, state.step, logits, config)
+        cache = split_cache(_reorder(state.cache, parents))
+    return _State(state.step + 1, cache, _split(answers))
+
+
+def process(scores: jax.Array, tokens: jax.Array, length: jax.Array, config: GenerationConfig) -> jax.Array:
+    """What the settings make of scores float32 [N, V] after tokens int [N, L], of which `length` are there.
+
+    When sampling, the tokens that may be drawn have the logarithms of their chances, up to a constant; what
+    must not be chosen has -inf.
+    """
+    if config.repetition_penalty != 1.0:
+        scores = _penalise_repetition(scores, tokens, length, config.repetition_penalty)
+    if 0 < config.no_repeat_ngram_size <= tokens.shape[1]:
+        scores = _ban_ngrams(scores, tokens, length, config.no_repeat_ngram_size)
+    if config.min_new_tokens > 0:
+        early = _ends(jnp.arange(scores.shape[1]), config) & (length < config.min_new_tokens)
+        scores = jnp.where(early, -jnp.inf, scores)
+    if not config.do_sample:
+        return scores
+    scores = scores / config.temperature
+    if config.top_k > 0:
+        least = jax.lax.top_k(scores, min(config.top_k, scores.shape[1]))[0][:, -1:]
+        scores = jnp.where(scores < least, -jnp.inf, scores)
+    return _keep_top_p(scores, config.top_p) if config.top_p < 1 else scores
+
+
+def _ends(tokens: jax.Array, config: GenerationConfig) -> jax.Array:
+    return jnp.isin(tokens, jnp.array(config.eos_token_ids))
+
+
+def _penalise_repetition(
+    scores: jax.Array, tokens: jax.Array, length: jax.Array, penalty: float
+) -> jax.Array:
+    rows = jnp.arange(len(tokens))[:, None]
+    there = jnp.arange(tokens.shape[1]) < length
+    seen = jnp.zeros(scores.shape, bool).at[rows, tokens].max(there)
+    return jnp.where(seen, jnp.where(scores < 0, scores * penalty, scores / penalty), scores)
+
+
+def _ban_ngrams(scores: jax.Array, tokens: jax.Array, length: jax.Array, size: int) -> jax.Array:
+    """An n-gram that begins like the last n - 1 tokens must not end as it did before."""
+    rows = jnp.arange(len(tokens))[:, None]
+    starts = jnp.arange(tokens.shape[1] - size + 1)
+    windows = tokens[:, starts[:, None] + jnp.arange(size)]  # [N, starts, size]
+    last = jax.lax.dynamic_slice_in_dim(tokens, jnp.maximum(length - size + 1, 0), size - 1, 1)
+    same = (windows[..., :-1] == last[:, None]).all(-1) & (starts + size <= length)
+    banned = jnp.zeros(scores.shape, bool).at[rows, windows[..., -1]].max(same)
+    return jnp.where(banned, -jnp.inf, scores)
+
+
+def _keep_top_p(scores: jax.Array, top_p: float) -> jax.Array:
+    """The fewest best tokens that have a chance of `top_p` together; at least one."""
+    order = jnp.argsort(scores, -1)
+    below = jnp.cumsum(jax.nn.softmax(jnp.take_along_axis(scores, order, -1)), -1)
+    dropped = (below <= 1 - top_p).at[:, -1].set(False)
+    dropped = jnp.put_along_axis(jnp.zeros_like(dropped), order, dropped, -1, inplace=False)
+    return jnp.where(dropped, -jnp.inf, scores)
+
+
+def draw(scores: jax.Array, seeds: jax.Array, step: jax.Array) -> jax.Array:
+    """A token int32 [B] for each row of scores [B, V]; it depends on its seed [B] and not on other rows."""
+
+    def noise(seed: jax.Array) -> jax.Array:
+        # Of JAX's generators this one gives a row the same numbers whatever the batch.
+        key = jax.random.fold_in(jax.random.key(seed, impl="threefry2x32"), step)
+        return jax.random.gumbel(key, scores.shape[1:])
+
+    return jnp.argmax(scores + jax.vmap(noise)(seeds), -1).astype(jnp.int32)
+
+
+def _start(seeds: jax.Array, config: GenerationConfig) -> _Answers:
+    tokens = jnp.full((len(seeds), config.max_new_tokens), config.pad_token_id, jnp.int32)
+    return _Answers(tokens, jnp.ones(len(seeds), bool), seeds.astype(jnp.uint32))
+
+
+def _choose_tokens(
+    answers: _Answers, step: jax.Array, logits: jax.Array, config: GenerationConfig
+) -> _Answers:
+    scores = process(logits, answers.tokens, step, config)
+    if config.do_sample:
+        token = draw(scores, answers.seeds, step)
+    else:
+        token = jnp.argmax(scores, -1).astype(jnp.int32)
+    token = jnp.where(answers.going, token, config.pad_token_id)
+    going = answers.going & ~_ends(token, config) & (step + 1 < config.max_new_tokens)
+    return _Answers(answers.tokens.at[:, step].set(token), going, answers.seeds)
+
+
+def _start_beams(batch: int, config: GenerationConfig) -> _Beams:
+    beams = config.num_beams
+    empty = jnp.full((batch, beams, config.max_new_tokens), config.pad_token_id, jnp.int32)
+    return _Beams(
         tokens=empty,
         # The beams begin equal: only the first counts, or all would go on alike.
         scores=jnp.full((batch, beams), NEVER).at[:, 0].set(0.0),
         done_tokens=empty,
         done_scores=jnp.full((batch, beams), NEVER),
         done=jnp.zeros((batch, beams), bool),
-        open=jnp.ones(batch, bool),
-        cache=_repeat(cache, beams),
+        going=jnp.ones(batch, bool),
     )
-    start = continue_beams(start, jnp.broadcast_to(logits[:, None], (batch, beams, vocab)))
-    return jax.lax.while_loop(going_on, step, start).done_tokens[:, 0]
+
+
+def _continue_beams(
+    state: _Beams, step: jax.Array, logits: jax.Array, config: GenerationConfig
+) -> tuple[_Beams, jax.Array]:
+    """The beams with one token more, and from which beam each comes: int [B, W]."""
+    (batch, beams, length), vocab = state.tokens.shape, logits.shape[1]
+    # If every beam's best continuation ended it, there are still as many others to go on with.
+    kept = max(2, 1 + len(config.eos_token_ids)) * beams
+    # In Python's numbers, as in transformers; divisors[i] is of i + 1 tokens.
+    divisors = jnp.array([n**config.length_penalty for n in range(1, length + 1)], jnp.float32)
+
+    scores = process(jax.nn.log_softmax(logits), state.tokens.reshape(-1, length), step, config)
+    scores = (scores.reshape(batch, beams, vocab) + state.scores[..., None]).reshape(batch, -1)
+    scores, chosen = jax.lax.top_k(scores, kept)
+    parents, token = chosen // vocab, chosen % vocab
+    tokens = _take(state.tokens, parents).at[:, :, step].set(token.astype(jnp.int32))
+    ended = _ends(token, config) | (step + 1 >= length)
+
+    going_scores, going = jax.lax.top_k(scores + NEVER * ended, beams)
+    whole = ended & (jnp.arange(kept) < beams)
+    done_scores = scores / divisors[step] + NEVER * ~whole
+    # Answers that have ended for good stay as they are while others in the batch go on.
+    done_scores = jnp.where(state.going[:, None], done_scores, -jnp.inf)
+    done_scores, best = jax.lax.top_k(jnp.concatenate([state.done_scores, done_scores], 1), beams)
+    done = _take(jnp.concatenate([state.done, whole], 1), best)
+
+    far = config.early_stopping == "never" and config.length_penalty > 0
+    reachable = going_scores[:, :1] / divisors[length - 1 if far else step]
+    worst = jnp.where(done, done_scores.min(1, keepdims=True), NEVER)
+    enough = done.all(1) & (config.early_stopping is True)
+    beams = _Beams(
+        tokens=_take(tokens, going),
+        scores=going_scores,
+        done_tokens=_take(jnp.concatenate([state.done_tokens, tokens], 1), best),
+        done_scores=done_scores,
+        done=done,
+        going=state.going & (reachable > worst).any(1) & ~enough & (step + 1 < length),
+    )
+    return beams, _take(parents, going)
 
 
 def _take(x: jax.Array, index: jax.Array) -> jax.Array:
@@ -223,6 +488,11 @@ def _repeat(cache: KVCache, beams: int) -> KVCache:
 
 def _reorder(cache: KVCache, parents: jax.Array) -> KVCache:
     """Each beam goes on with its parent's cache: parents int [B, W]."""
-    batch, beams = parents.shape
-    rows = (parents + beams * jnp.arange(batch)[:, None]).reshape(-1)
-    return _map_rows(cache, lambda x, axis: jnp.take(x, rows, axis))
+
+    def reorder(x: jax.Array, axis: int) -> jax.Array:
+        # Within an example, so that on a mesh nothing of the cache is sent.
+        apart = x.reshape(*x.shape[:axis], *parents.shape, *x.shape[axis + 1 :])
+        take = functools.partial(jnp.take, axis=axis, mode="clip")
+        return jax.vmap(take, in_axes=(axis, 0), out_axes=axis)(apart, parents).reshape(x.shape)
+
+    return _map_rows(cache, reorder)

@@ -14,10 +14,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
+from jax.sharding import PartitionSpec
 from jax.typing import DTypeLike
 
 from sparqle_jax import layers
-from sparqle_jax.sharding import split_batch
+from sparqle_jax.sharding import BATCH_AXES, batch_parts, split_batch
 
 ROPE_TYPES = ("default", "linear", "llama3")
 
@@ -185,6 +186,21 @@ class KVCache:
     length: jax.Array
 
 
+def split_cache(cache: KVCache) -> KVCache:
+    """Inside a program for a mesh: keeps a cache split by examples and by heads, where the mesh divides them.
+
+    Without a mesh it is the cache itself.
+    """
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.empty:
+        return cache
+    _, batch, _, heads, _ = cache.keys.shape
+    rows = None if batch % batch_parts(mesh) else BATCH_AXES
+    kept = PartitionSpec(None, rows, None, None if heads % mesh.shape["model"] else "model")
+    specs = KVCache(kept, kept, PartitionSpec(rows), PartitionSpec())
+    return jax.lax.with_sharding_constraint(cache, specs)
+
+
 class DecoderLayer(nnx.Module):
     """Self-attention with rotary positions, then the gated feed-forward; RMS norm before each."""
 
@@ -283,11 +299,13 @@ class Decoder(nnx.Module):
         """An empty cache for `batch` sequences of at most `size` tokens, padding included."""
         config = self.config
         shape = (config.num_hidden_layers, batch, size, config.num_key_value_heads, config.head_dim)
-        return KVCache(
-            keys=jnp.zeros(shape, self.dtype),
-            values=jnp.zeros(shape, self.dtype),
-            mask=jnp.zeros((batch, size), bool),
-            length=jnp.zeros((), jnp.int32),
+        return split_cache(
+            KVCache(
+                keys=jnp.zeros(shape, self.dtype),
+                values=jnp.zeros(shape, self.dtype),
+                mask=jnp.zeros((batch, size), bool),
+                length=jnp.zeros((), jnp.int32),
+            )
         )
 
     def __call__(
@@ -349,5 +367,5 @@ class Decoder(nnx.Module):
         with jax.named_scope("layers"):
             (x, keys, values), _ = layers.scan(self.layers, step, carry, xs, remat=self.remat)
         if cache is not None:
-            cache = KVCache(keys, values, keys_mask, start + length)
+            cache = split_cache(KVCache(keys, values, keys_mask, start + length))
         return self.norm(x), cache
