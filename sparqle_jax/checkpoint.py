@@ -229,8 +229,13 @@ def fingerprint(module: nnx.Module) -> str:
 
 
 def differences(there: Any, wanted: Any, key: str = "") -> list[str]:
-    """What differs in two JSON values: "key: this there, that wanted"."""
+    """What differs in two JSON values: "key is this there, that here".
+
+    Of things with a hash that is the same nothing else counts, such as where they come from.
+    """
     if isinstance(there, dict) and isinstance(wanted, dict):
+        if "hash" in there and there["hash"] == wanted.get("hash"):
+            return []
         return [
             difference
             for k in sorted(there.keys() | wanted.keys())

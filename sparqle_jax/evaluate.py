@@ -1,33 +1,309 @@
-"""How good a model is on a data set: WER of its transcripts, BLEU and chrF of its translations.
+"""How good a model is on a data set: WER and CER of its transcripts, BLEU and chrF of its translations.
 
-python -m sparqle_jax.evaluate DATASET [--model FOLDER] [--translate fr de es] [--output results.json]
+    sparqle evaluate runs/mine/stage2 data/test --translate fr de --output runs/mine/test
+    sparqle evaluate miniature data/demo/unheard    # the model in the package; only prints the table
+
+--output gets answers.jsonl (a line for every utterance, in the order in which they were answered, with its
+`index` in the data set), results.json (scores of all, by spoken language and by length) and index.html (the
+same, with plots, and the worst utterances to listen to). The same command goes on where it was stopped; with
+another --normalizer it scores the answers that are there anew.
 """
 
 import argparse
+import base64
+import bisect
+import dataclasses
+import io
+import itertools
 import json
-from collections.abc import Sequence
+import math
+import os
+import sys
+import unicodedata
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+import jinja2
 import jiwer
 import numpy as np
-import sacrebleu
+import soundfile
 import tqdm
+from sacrebleu.metrics import BLEU, CHRF
 
-from sparqle_jax import hosts
+from sparqle_jax import checkpoint, hosts, prompts, sharding
+from sparqle_jax.audio import SAMPLE_RATE, UnusableAudio
 from sparqle_jax.data.dataset import DataSet
-from sparqle_jax.data.pipeline import TRANSCRIBE, answer_of, check_tasks
-from sparqle_jax.transcribe import MINIATURE, Listener
+from sparqle_jax.data.pipeline import TRANSCRIBE, answer_of, check_tasks, instructions, language_name
+from sparqle_jax.sparqle import BATCH_SIZE, MINIATURE, SparQLe
+from sparqle_jax.transcribe import (
+    add_generation_arguments,
+    add_tower_arguments,
+    generation_settings,
+    write,
+)
 
-BATCH_SIZE = 32
+ANSWERS, RESULTS, PAGE, IDENTITY = "answers.jsonl", "results.json", "index.html", "evaluation.json"
+TEMPLATE = Path(__file__).with_suffix(".html")
+LENGTHS = (2, 5, 10, 20, 30)  # where the buckets of lengths end, in seconds
+WITHOUT_SPACES = {"zh", "yue", "ja", "th", "lo", "km", "my"}  # languages that are not written in words
+APOSTROPHES = "'\u2018\u2019\u02bc"
+# On the page.
+WORST = 50  # utterances for each task
+MAX_AUDIO = 30_000_000  # characters of audio in all
+MAX_POINTS = 2000
+FAILED, INTERRUPTED = 1, 130
+
+# --- Scores --------------------------------------------------------------------------------------------
+
+
+def basic(text: str) -> str:
+    """Lower case and NFKC, without punctuation (Unicode's P): apostrophes vanish, the rest parts words."""
+    text = unicodedata.normalize("NFKC", text).lower()
+    text = "".join(character for character in text if character not in APOSTROPHES)
+    return " ".join("".join(" " if unicodedata.category(c)[0] == "P" else c for c in text).split())
+
+
+NORMALIZERS: dict[str, Callable[[str], str]] = {"none": str, "basic": basic}
+
+
+def score(
+    task: str, references: Sequence[str], answers: Sequence[str], *, normalizer: str = "none"
+) -> dict[str, float]:
+    """Of transcripts: wer and cer (jiwer, fractions). Of translations: bleu and chrf (sacrebleu, 0 to 100).
+
+    Of both: exact, the share of answers that are the reference, letter for letter. normalizer: what is done
+    to transcripts before their words are compared. Where the references have no word at all, wer and cer
+    are the number of words and letters in the answers, as jiwer has it.
+    """
+    exact = sum(a == r for a, r in zip(answers, references, strict=True)) / len(references)
+    if task == TRANSCRIBE:
+        wanted, given = (list(map(NORMALIZERS[normalizer], texts)) for texts in (references, answers))
+        return {
+            "wer": float(jiwer.wer(wanted, given)),
+            "cer": float(jiwer.cer(wanted, given)),
+            "exact": exact,
+        }
+    scores = {name: m.corpus_score(answers, [references]).score for name, m in metrics(task).items()}
+    return {**scores, "exact": exact}
+
+
+def score_one(task: str, reference: str, answer: str, *, normalizer: str = "none") -> dict[str, float]:
+    """Of one answer: wer and cer, or chrf."""
+    if task == TRANSCRIBE:
+        scores = score(task, [reference], [answer], normalizer=normalizer)
+        return {"wer": scores["wer"], "cer": scores["cer"]}
+    return {"chrf": CHRF().sentence_score(answer, [reference]).score}
+
+
+def metrics(language: str) -> dict[str, BLEU | CHRF]:
+    """sacrebleu's bleu and chrf, with its tokenizer for the language, or one that takes each character."""
+    code = _code(language)
+    try:
+        bleu = BLEU(tokenize="char") if code in WITHOUT_SPACES - {"zh", "ja"} else BLEU(trg_lang=code)
+    except RuntimeError:  # Japanese and Korean need MeCab
+        bleu = BLEU(tokenize="char")
+    return {"bleu": bleu, "chrf": CHRF()}
+
+
+def signatures(language: str) -> dict[str, str]:
+    """What sacrebleu says of how bleu and chrf are computed."""
+    found = metrics(language)
+    for metric in found.values():
+        metric.corpus_score([""], [[""]])  # before, it does not know the number of references
+    return {name: str(metric.get_signature()) for name, metric in found.items()}
+
+
+def _code(language: str) -> str:
+    """Without what follows a language's code: "zh" of "zh_TW"."""
+    return language.replace("-", "_").partition("_")[0].lower()
+
+
+def table(scores: dict[str, dict[str, Any]]) -> str:
+    """Scores of several evaluations as text: a row for each, with its name."""
+    columns = _columns(next(iter(scores.values())))
+    width = max(map(len, scores))
+    lines = [" " * width + "".join(f"{title:>10}" for *_, title in columns)]
+    for name, by_task in scores.items():
+        cells = [f"{_number(key, by_task[task][key]):>10}" for task, key, _ in columns]
+        lines.append(f"{name:<{width}}" + "".join(cells))
+    return "\n".join(lines)
+
+
+def _columns(tasks: Iterable[str]) -> list[tuple[str, str, str]]:
+    """Task, name and title of each score in a table."""
+    return [
+        (task, *column)
+        for task in tasks
+        for column in (
+            [("wer", "WER"), ("cer", "CER")]
+            if task == TRANSCRIBE
+            else [("bleu", f"BLEU {task}"), ("chrf", f"chrF {task}")]
+        )
+    ]
+
+
+def _number(name: str, value: float) -> str:
+    """As a table has it: wer and cer in percent."""
+    return f"{value:.1f}" if name in ("bleu", "chrf") else f"{value:.1%}"
+
+
+def length_name(seconds: float) -> str:
+    """The bucket of a length: "0-2 s" up to 2 s, "2-5 s", ..., "over 30 s"."""
+    place = bisect.bisect_left(LENGTHS, seconds)
+    return f"over {LENGTHS[-1]} s" if place == len(LENGTHS) else f"{(0, *LENGTHS)[place]}-{LENGTHS[place]} s"
+
+
+def group(rows: Sequence[dict[str, Any]], tasks: Sequence[str], normalizer: str) -> dict[str, Any]:
+    """Scores of rows of answers.jsonl: of all, by spoken language and by length."""
+
+    def scored(some: Sequence[dict[str, Any]]) -> dict[str, Any]:
+        texts = {
+            task: [[row[task][what] for row in some] for what in ("reference", "answer")] for task in tasks
+        }
+        scores = {task: score(task, *both, normalizer=normalizer) for task, both in texts.items()}
+        return {
+            "utterances": len(some),
+            "seconds": math.fsum(row["seconds"] for row in some),
+            "scores": scores,
+        }
+
+    def by(name: Callable[[dict[str, Any]], str], order: Iterable[dict[str, Any]]) -> dict[str, Any]:
+        names = dict.fromkeys(map(name, order))
+        return {one: scored([row for row in rows if name(row) == one]) for one in names}
+
+    return {
+        "all": scored(rows),
+        "by language": by(lambda row: row["language"], sorted(rows, key=lambda row: row["language"])),
+        "by length": by(
+            lambda row: length_name(row["seconds"]), sorted(rows, key=lambda row: row["seconds"])
+        ),
+    }
+
+
+# --- Answers -------------------------------------------------------------------------------------------
+
+
+@dataclasses.dataclass(frozen=True)
+class Evaluation:
+    """Which answers are wanted. settings: of `GenerationConfig`.
+
+    Raises ValueError for a language without references, and for settings that are not valid.
+    """
+
+    sparqle: SparQLe
+    data_set: DataSet
+    languages: Sequence[str] = ()
+    from_text: bool = False
+    batch_size: int = BATCH_SIZE
+    settings: dict[str, Any] = dataclasses.field(default_factory=dict)
+
+    def __post_init__(self):
+        if self.batch_size < 1:
+            raise ValueError(f"a batch size of {self.batch_size}: at least 1.")
+        check_tasks(self.data_set, self.languages)
+        self.sparqle.generation_config(**self.settings)
+
+    @property
+    def tasks(self) -> list[str]:
+        return [TRANSCRIBE, *dict.fromkeys(self.languages)]
+
+    def identity(self, model: str) -> dict[str, Any]:
+        """What makes the answers what they are, as JSON. model: its folder. All hosts must call this."""
+        config = self.sparqle.config.model_dump(include={"max_seconds", "dtype", "compat", "system"})
+        identity = {
+            "model": {"hash": checkpoint.fingerprint(self.sparqle.model), "folder": model},
+            "tokenizer": prompts.fingerprint(self.sparqle.prompter.tokenizer),
+            "config": config,
+            "data set": {"hash": self.data_set.fingerprint, "folder": os.fspath(self.data_set.folder)},
+            "tasks": self.tasks,
+            "from text": self.from_text,
+            "generation": dataclasses.asdict(self.sparqle.generation_config(**self.settings)),
+        }
+        return json.loads(json.dumps(identity))
+
+    def batches(self) -> list[list[int]]:
+        """The utterances of each batch, by number: the longest first, which need the most memory.
+
+        What is too long to be heard at once is in batches of its own.
+        """
+        lengths = self.data_set.num_samples
+        order = np.argsort(-lengths, kind="stable").tolist()
+        long = 0 if self.from_text else int((lengths > self._at_once).sum())
+        size = 1 if self.sparqle.config.compat == "published" else self.batch_size  # whose mask is inverted
+        parts = (order[:long], order[long:])
+        return [part[i : i + size] for part in parts for i in range(0, len(part), size)]
+
+    def answers(self, done: int = 0) -> Iterator[tuple[list[int], dict[str, list[str]]]]:
+        """Batches, and by task the answers to them; batches among the first `done` utterances are left out.
+
+        Raises ValueError for a recording that can't be heard, naming the utterance. All hosts must call this.
+        """
+        seconds = self.data_set.num_samples / SAMPLE_RATE
+        batches = self.batches()
+        ends = np.cumsum([len(batch) for batch in batches])
+        left = batches[int(np.searchsorted(ends, done, side="right")) :]
+        if left and not self.from_text:
+            self._heard([int(seconds.argmin())])  # what is too short is said before the work begins
+        progress = tqdm.tqdm(
+            total=round(seconds.sum(), 1),
+            initial=round(seconds.sum() - sum(seconds[batch].sum() for batch in left), 1),
+            desc="evaluate" + " from text" * self.from_text,
+            unit="s of audio",
+            disable=not hosts.is_first(),
+        )
+        with progress:
+            for batch in left:
+                yield batch, self._answer(batch)
+                progress.update(round(seconds[batch].sum(), 1))
+
+    @property
+    def _at_once(self) -> int:
+        return round(self.sparqle.config.max_seconds * SAMPLE_RATE)
+
+    def _answer(self, batch: list[int]) -> dict[str, list[str]]:
+        sparqle, config = self.sparqle, self.sparqle.generation_config(**self.settings)
+        asked = {task: instructions(task)[0] for task in self.tasks}
+        if self.from_text:
+            texts = [self.data_set[index].text for index in batch]
+            return {task: sparqle.answer_text(texts, asked[task], config) for task in self.tasks}
+        if self.data_set.num_samples[batch].max() > self._at_once:
+            return {task: self._listen(batch, asked[task]) for task in self.tasks}
+        frames = sparqle.encode(self._heard(batch))  # once, for all tasks
+        return {task: sparqle.answer(frames, len(batch), asked[task], config) for task in self.tasks}
+
+    def _heard(self, batch: list[int]) -> list[np.ndarray]:
+        waveforms = [self.data_set.waveform(index) for index in batch]
+        for index, waveform in zip(batch, waveforms, strict=True):
+            if len(waveform) <= self._at_once:
+                try:
+                    self.sparqle.check(waveform)
+                except UnusableAudio as error:
+                    raise self._named(index, error) from error
+        return waveforms
+
+    def _listen(self, batch: list[int], instruction: str) -> list[str]:
+        """The answers to recordings that are heard window by window."""
+        recordings = ((self.data_set.waveform(index), SAMPLE_RATE) for index in batch)
+        texts = []
+        heard = self.sparqle.listen(recordings, instruction, batch_size=self.batch_size, **self.settings)
+        for index, result in zip(batch, heard, strict=True):
+            if isinstance(result, Exception):
+                raise self._named(index, result) from result
+            texts.append(result.text)
+        return texts
+
+    def _named(self, index: int, error: Exception) -> ValueError:
+        return ValueError(f"utterance {self.data_set[index].id} of {self.data_set.folder}: {error}")
 
 
 def evaluate(
-    listener: Listener,
+    sparqle: SparQLe,
     data_set: DataSet,
     languages: Sequence[str] = (),
     *,
     from_text: bool = False,
+    normalizer: str = "none",
 ) -> tuple[dict[str, Any], list[dict[str, str]]]:
     """Scores by task, and for every utterance its answers by task.
 
@@ -35,95 +311,336 @@ def evaluate(
     those of `score`, for "transcribe" and each language. Raises ValueError for a language without references,
     and for a recording that can't be heard, naming the utterance.
     """
-    check_tasks(data_set, languages)
-    utterances, tasks = list(data_set), [TRANSCRIBE, *languages]
-    references = {task: [answer_of(utterance, task) for utterance in utterances] for task in tasks}
-    answers: dict[str, list[str]] = {task: [] for task in tasks}
-    progress = tqdm.tqdm(
-        total=len(utterances) * len(tasks),
-        desc="evaluate" + " from text" * from_text,
-        unit="answer",
-        disable=not hosts.is_first(),
-    )
-    batch_size = min(BATCH_SIZE, len(utterances))
-    for start in range(0, len(utterances), batch_size):
-        some = utterances[start : start + batch_size]
-        if not from_text:  # heard once, for all tasks
-            waveforms = [_read(listener, data_set, start + i) for i in range(len(some))]
-            frames = listener.encode(waveforms, batch_size)
-        for task in tasks:
-            if from_text:
-                texts = [utterance.text for utterance in some]
-                answers[task] += listener.answer_text(texts, task, batch_size=batch_size)
-            else:
-                answers[task] += listener.answer_frames(frames, len(some), task)
-            progress.update(len(some))
-    progress.close()
-    scores = {task: score(task, references[task], answers[task]) for task in tasks}
-    return scores, [{task: answers[task][i] for task in tasks} for i in range(len(utterances))]
+    evaluation = Evaluation(sparqle, data_set, languages, from_text)
+    answers: list[dict[str, str]] = [{} for _ in data_set]
+    for batch, by_task in evaluation.answers():
+        for task, texts in by_task.items():
+            for index, text in zip(batch, texts, strict=True):
+                answers[index][task] = text
+    scores = {
+        task: score(task, list(data_set.texts(task)), [row[task] for row in answers], normalizer=normalizer)
+        for task in evaluation.tasks
+    }
+    return scores, answers
 
 
-def _read(listener: Listener, data_set: DataSet, index: int) -> np.ndarray:
-    """Raises ValueError, naming the utterance, for a recording in which nothing can be heard."""
-    waveform = data_set.waveform(index)
-    try:
-        listener.check(waveform)
-    except ValueError as error:
-        raise ValueError(f"utterance {data_set[index].id} of {data_set.folder}: {error}") from error
-    return waveform
+# --- Files ---------------------------------------------------------------------------------------------
 
 
-def score(task: str, references: Sequence[str], answers: Sequence[str]) -> dict[str, float]:
-    """Of transcripts: wer (jiwer, a fraction). Of translations: bleu and chrf (sacrebleu, 0 to 100).
+def rows_there(folder: Path, identity: dict[str, Any], order: Sequence[int]) -> list[dict[str, Any]]:
+    """The rows of answers.jsonl that there are, whole ones; what was cut off behind them is deleted.
 
-    Of both: exact, the share of answers that are just the reference.
+    A new folder gets the identity. Raises ValueError for answers of another evaluation, naming what differs,
+    and for a file that is damaged.
     """
-    exact = sum(a == r for a, r in zip(answers, references, strict=True)) / len(references)
-    if task == TRANSCRIBE:
-        return {"wer": jiwer.wer(list(references), list(answers)), "exact": exact}
+    folder.mkdir(parents=True, exist_ok=True)
+    file, header = folder / ANSWERS, folder / IDENTITY
+    if not file.exists():
+        write(header, json.dumps(identity, indent=1) + "\n")
+        file.touch()
+        return []
+    there = json.loads(header.read_text()) if header.exists() else {}
+    if found := checkpoint.differences(there, identity):
+        raise ValueError(
+            f"{folder} has answers of another evaluation:\n  " + "\n  ".join(found) + "\n"
+            "Give another --output, or delete that one."
+        )
+    content = file.read_bytes()
+    whole = content[: content.rfind(b"\n") + 1]
+    if len(whole) < len(content):
+        os.truncate(file, len(whole))
+    rows = []
+    for number, line in enumerate(whole.split(b"\n")[:-1]):
+        try:
+            rows.append(json.loads(line))
+            wrong = rows[-1]["index"] != order[number]
+        except (ValueError, LookupError, TypeError):
+            wrong = True
+        if wrong:
+            raise ValueError(f"{file} is damaged in line {number + 1}: delete it to begin again.")
+    return rows
+
+
+def collect(evaluation: Evaluation, identity: dict[str, Any], output: Path | None) -> list[dict[str, Any]]:
+    """A row for every utterance, in the order in which they are answered; on the first host all of them.
+
+    With a folder, rows that are there are kept, and others added batch by batch. Raises ValueError.
+    """
+    order = [index for batch in evaluation.batches() for index in batch]
+    rows, failed = [], ""
+    if output is not None and hosts.is_first():
+        try:
+            rows = rows_there(output, identity, order)
+        except (ValueError, OSError) as error:
+            failed = str(error)
+    done = hosts.agreed(-1 if failed else len(rows))
+    if done < 0:
+        raise ValueError(failed or "the first host can't go on, and says why.")
+    for batch, by_task in evaluation.answers(done):
+        new = []
+        for place, index in enumerate(batch):
+            utterance = evaluation.data_set[index]
+            row = {
+                "index": index,
+                "id": utterance.id,
+                "seconds": utterance.duration,
+                "language": utterance.language,
+                "speaker": utterance.speaker,
+            }
+            for task, texts in by_task.items():
+                row[task] = {"reference": answer_of(utterance, task), "answer": texts[place]}
+            new.append(row)
+        # Of a batch that was written in part all is answered anew, so that the answers are the same.
+        known = {row["index"] for row in rows[-len(batch) :]}
+        new = [row for row in new if row["index"] not in known]
+        rows += new
+        if output is not None and hosts.is_first():
+            with (output / ANSWERS).open("a", encoding="utf-8") as file:
+                file.writelines(map(_line, new))
+    return rows
+
+
+def _line(row: dict[str, Any]) -> str:
+    return json.dumps(row, ensure_ascii=False) + "\n"
+
+
+def summarize(identity: dict[str, Any], rows: Sequence[dict[str, Any]], normalizer: str) -> dict[str, Any]:
+    """What results.json says."""
     return {
-        "bleu": sacrebleu.corpus_bleu(answers, [references]).score,
-        "chrf": sacrebleu.corpus_chrf(answers, [references]).score,
-        "exact": exact,
+        **identity,
+        "normalizer": normalizer,
+        "signatures": {task: signatures(task) for task in identity["tasks"] if task != TRANSCRIBE},
+        "scores": group(rows, identity["tasks"], normalizer),
     }
 
 
-def table(scores: dict[str, dict[str, Any]]) -> str:
-    """Scores of several evaluations as text: a row for each, with its name."""
-    tasks = list(next(iter(scores.values())))
-    width = max(map(len, scores))
-    lines = [" " * width + "".join(f"{'WER' if t == TRANSCRIBE else 'BLEU ' + t:>10}" for t in tasks)]
-    for name, by_task in scores.items():
-        cells = [
-            f"{by_task[t]['wer']:>10.1%}" if t == TRANSCRIBE else f"{by_task[t]['bleu']:>10.1f}"
-            for t in tasks
-        ]
-        lines.append(f"{name:<{width}}" + "".join(cells))
-    return "\n".join(lines)
+def write_results(
+    folder: Path, results: dict[str, Any], rows: Sequence[dict[str, Any]], data_set: DataSet
+) -> None:
+    """Writes results.json, index.html, and answers.jsonl anew, with the scores of every answer."""
+    for row in rows:
+        for task in results["tasks"]:
+            text = row[task]
+            text |= score_one(task, text["reference"], text["answer"], normalizer=results["normalizer"])
+    write(folder / ANSWERS, "".join(map(_line, rows)))
+    write(folder / RESULTS, json.dumps(results, indent=1, ensure_ascii=False) + "\n")
+    write(folder / PAGE, page(results, rows, data_set))
 
 
-def main(argv: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser("python -m sparqle_jax.evaluate", description=__doc__.split("\n")[0])
-    parser.add_argument("data", help="a data set that sparqle_jax.data.prepare has made")
-    parser.add_argument("--model", type=Path, default=MINIATURE, help="a model folder")
+# --- The page ------------------------------------------------------------------------------------------
+
+Piece = tuple[str, str]  # "same", "sub", "del" or "ins", and words
+
+
+def differences(
+    reference: str, answer: str, normalizer: str = "none", *, by_character: bool = False
+) -> tuple[list[Piece], list[Piece]]:
+    """Both texts in pieces, as the words that are compared for the WER differ; or the characters.
+
+    "del" is in the reference alone, "ins" in the answer alone, "sub" in both.
+    """
+    parted = [list(text) if by_character else text.split() for text in (reference, answer)]
+    # Of each text the words that are compared, and from which part each comes.
+    words: list[list[str]] = []
+    parts: list[list[int]] = []
+    for some in parted:
+        found = [(word, i) for i, part in enumerate(some) for word in NORMALIZERS[normalizer](part).split()]
+        words.append([word for word, _ in found])
+        parts.append([i for _, i in found])
+    (chunks,) = jiwer.process_words(*(" ".join(some) for some in words)).alignments
+    kinds = [["same"] * len(some) for some in parted]
+    for chunk in chunks:
+        kind = {"equal": "same", "substitute": "sub", "delete": "del", "insert": "ins"}[chunk.type]
+        ranges = ((chunk.ref_start_idx, chunk.ref_end_idx), (chunk.hyp_start_idx, chunk.hyp_end_idx))
+        for side, (start, end) in enumerate(ranges):
+            for i in parts[side][start:end]:
+                if kind != "same":
+                    kinds[side][i] = kind
+    between = "" if by_character else " "
+    both = []
+    for some, kind in zip(parted, kinds, strict=True):
+        runs = itertools.groupby(zip(kind, some, strict=True), key=lambda pair: pair[0])
+        both.append([(name, between.join(part for _, part in run)) for name, run in runs])
+    return both[0], both[1]
+
+
+def page(results: dict[str, Any], rows: Sequence[dict[str, Any]], data_set: DataSet) -> str:
+    """The HTML page of an evaluation, with all that it needs in it. rows: with the scores of every answer."""
+    tasks = results["tasks"]
+    worst = {task: worst_of(rows, task) for task in tasks}
+    clips: dict[int, str] = {}
+    room = MAX_AUDIO
+    in_turn = itertools.chain.from_iterable(itertools.zip_longest(*worst.values()))  # the worst of each first
+    for row in filter(None, in_turn):
+        if row["index"] not in clips and row["seconds"] * SAMPLE_RATE * 8 / 3 < room:
+            clips[row["index"]] = _wav(data_set.samples(row["index"]))
+            room -= len(clips[row["index"]])
+    scores = results["scores"]
+    environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True)
+    environment.filters |= {"number": _number, "language": _language}
+    return environment.from_string(TEMPLATE.read_text(encoding="utf-8")).render(
+        title=f"{results['model']['folder']} on {data_set.folder.name}",
+        duration=_duration,
+        results=results,
+        columns=_columns(tasks),
+        groups={
+            "": {"all": scores["all"]},
+            "by language": scores["by language"],
+            "by length": scores["by length"],
+        },
+        bars=histogram([row[TRANSCRIBE]["wer"] for row in rows]),
+        points=[(row["seconds"], row[TRANSCRIBE]["wer"]) for row in rows[:: -(-len(rows) // MAX_POINTS)]],
+        longest=(longest := max(row["seconds"] for row in rows)),
+        marks=_marks(longest),
+        worst={
+            task: [_card(row, task, results["normalizer"]) for row in some] for task, some in worst.items()
+        },
+        clips=clips,
+        max_megabytes=MAX_AUDIO // 1_000_000,
+    )
+
+
+def worst_of(rows: Iterable[dict[str, Any]], task: str) -> list[dict[str, Any]]:
+    """The rows with the WORST answers to a task, the worst first; none that is right."""
+    if task == TRANSCRIBE:
+        wrong = [row for row in rows if row[task]["wer"]]
+        return sorted(wrong, key=lambda row: (-row[task]["wer"], -row[task]["cer"], row["index"]))[:WORST]
+    wrong = [row for row in rows if row[task]["answer"] != row[task]["reference"]]
+    return sorted(wrong, key=lambda row: (row[task]["chrf"], row["index"]))[:WORST]
+
+
+def histogram(wers: Sequence[float]) -> list[tuple[str, int]]:
+    """How many are 0, up to 10 %, ..., up to 100 %, and more."""
+    counts = np.bincount([min(math.ceil(10 * wer - 1e-9), 11) for wer in wers], minlength=12).tolist()
+    return list(zip(["0", *(f"\u2264{10 * i}" for i in range(1, 11)), ">100"], counts, strict=True))
+
+
+def _marks(longest: float) -> list[float]:
+    """Round numbers from 0 on, at most six."""
+    power = 10.0 ** math.floor(math.log10(longest / 5))
+    step = next(power * digit for digit in (1, 2, 5, 10) if power * digit >= longest / 5)
+    return [step * i for i in range(math.floor(longest / step) + 1)]
+
+
+def _card(row: dict[str, Any], task: str, normalizer: str) -> dict[str, Any]:
+    """An utterance as the page takes it: the task's language, the scores, both texts in pieces."""
+    language, text = row["language"] if task == TRANSCRIBE else task, row[task]
+    by_character = _code(language) in WITHOUT_SPACES
+    normalizer = normalizer if task == TRANSCRIBE else "none"
+    titles = {"wer": "WER", "cer": "CER", "chrf": "chrF"}
+    return {
+        "row": row,
+        "lang": language,
+        "scores": [(titles[name], _number(name, text[name])) for name in titles if name in text],
+        "pieces": differences(text["reference"], text["answer"], normalizer, by_character=by_character),
+        "between": "" if by_character else " ",
+    }
+
+
+def _language(code: str) -> str:
+    try:
+        return language_name(code)
+    except ValueError:
+        return code
+
+
+def _duration(seconds: float) -> str:
+    hours, rest = divmod(round(seconds), 3600)
+    return f"{hours}:{rest // 60:02}:{rest % 60:02} h" if hours else f"{rest // 60}:{rest % 60:02} min"
+
+
+def _wav(samples: np.ndarray) -> str:
+    """int16 [S] at 16 kHz as a WAV file in base64."""
+    file = io.BytesIO()
+    soundfile.write(file, samples, SAMPLE_RATE, format="WAV", subtype="PCM_16")
+    return base64.b64encode(file.getvalue()).decode()
+
+
+# --- The command ---------------------------------------------------------------------------------------
+
+
+def make_parser() -> argparse.ArgumentParser:
+    description, _, rest = __doc__.partition("\n\n")
+    parser = argparse.ArgumentParser(
+        "sparqle evaluate",
+        description=description,
+        epilog=rest,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("model", type=Path, metavar="MODEL", help="a model folder, or: miniature")
+    parser.add_argument("data", metavar="DATASET", help="a data set that `sparqle prepare` has made")
+    add_tower_arguments(parser)
     parser.add_argument(
         "--translate", nargs="*", default=[], metavar="CODE", help="languages, such as fr de es"
     )
     parser.add_argument("--from-text", action="store_true", help="the LLM reads the text: its upper bound")
-    parser.add_argument("--output", type=Path, help="a JSON file for scores and all answers")
+    parser.add_argument(
+        "--normalizer",
+        choices=NORMALIZERS,
+        default="basic",
+        help="of transcripts, before their words are compared: none, or basic: lower case, no punctuation",
+    )
+    parser.add_argument("--output", type=Path, metavar="DIR", help="for answers, scores and the page")
+    parser.add_argument("--batch-size", type=int, default=BATCH_SIZE, metavar="N", help=f"({BATCH_SIZE})")
+    parser.add_argument(
+        "--mesh",
+        type=int,
+        nargs=3,
+        metavar=("DATA", "FSDP", "MODEL"),
+        help="split the model and its batches over devices; one of them may be -1: what is left",
+    )
+    parser.add_argument(
+        "--distributed",
+        nargs="*",
+        metavar="WHERE",
+        help="one of several hosts (--mesh -1 1 1), as for `train`",
+    )
+    add_generation_arguments(parser)
+    return parser
+
+
+def main(argv: list[str] | None = None) -> int:
+    """0 for done, FAILED, or INTERRUPTED; exits with 2 for a mistake in the command."""
+    parser = make_parser()
     args = parser.parse_args(argv)
-    if args.output and not args.output.parent.is_dir():
-        parser.error(f"{args.output.parent} is no folder: --output needs one that is there.")
     try:
-        data_set, listener = DataSet(args.data), Listener.from_folder(args.model)
-        scores, answers = evaluate(listener, data_set, args.translate, from_text=args.from_text)
-    except (ValueError, FileNotFoundError) as error:
-        parser.error(str(error))
-    print(table({data_set.folder.name: scores}))
-    if args.output:
-        rows = [{"id": u.id, **texts} for u, texts in zip(data_set, answers, strict=True)]
-        args.output.write_text(json.dumps({"scores": scores, "answers": rows}, indent=1, ensure_ascii=False))
+        if args.distributed is not None:
+            hosts.join(args.distributed)
+        data_set = DataSet(args.data)
+        sizes = args.mesh or ((-1, 1, 1) if args.distributed is not None else None)
+        mesh = None if sizes is None else sharding.make_mesh(tuple(sizes))
+        folder = MINIATURE if str(args.model) == "miniature" else args.model
+        sparqle = SparQLe.from_pretrained(folder, encoder=args.encoder, llm=args.llm, mesh=mesh)
+        evaluation = Evaluation(
+            sparqle, data_set, args.translate, args.from_text, args.batch_size, generation_settings(args)
+        )
+    except (ValueError, OSError) as error:
+        parser.error(str(error))  # with status 2
+    except KeyboardInterrupt:
+        return INTERRUPTED
+    try:
+        identity = evaluation.identity(str(args.model))
+        rows = collect(evaluation, identity, args.output)
+        if not hosts.is_first():
+            return 0
+        results = summarize(identity, rows, args.normalizer)
+        if args.output is not None:
+            write_results(args.output, results, rows, data_set)
+    except (ValueError, OSError) as error:
+        print(error, file=sys.stderr)
+        return FAILED
+    except KeyboardInterrupt:
+        if args.output is not None:
+            hosts.say("stopped; the same command goes on from there.")
+        return INTERRUPTED
+    scores = results["scores"]
+    named = {"all": scores["all"], **scores["by language"], **scores["by length"]}
+    print(table({f"{name} ({one['utterances']})": one["scores"] for name, one in named.items()}))
+    print(f"normalizer of transcripts: {args.normalizer}")
+    for task, names in results["signatures"].items():
+        print(*(f"{name} {task}: {signature}" for name, signature in names.items()), sep="\n")
+    return 0
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -8,6 +8,7 @@ host there is never more than one tensor in passing.
 import argparse
 import dataclasses
 import functools
+import hashlib
 import json
 import re
 import zipfile
@@ -385,6 +386,36 @@ def read_config(folder: str | Path, supported: tuple[str, ...]) -> dict[str, Any
             f"{file} has model_type={config.get('model_type')!r}; supported here: {list(supported)}."
         )
     return config
+
+
+def hash_of(path: str | Path) -> str:
+    """Of the weights in a transformers folder or a checkpoint file, byte by byte."""
+    path, digest = Path(path), hashlib.sha256()
+    for file in _weight_files(path) if path.is_dir() else [path]:
+        with open(file, "rb") as opened:
+            while block := opened.read(READ_BYTES):
+                digest.update(block)
+    return digest.hexdigest()[:16]
+
+
+def hub_name(folder: str | Path) -> str | None:
+    """The name on the Hugging Face hub ("facebook/hubert-large-ll60k") of the model in a folder, if its
+    config.json or the hub's cache around it says so."""
+    folder = Path(folder)
+    if folder.parent.name == "snapshots" and folder.parents[1].name.startswith("models--"):
+        return folder.parents[1].name.removeprefix("models--").replace("--", "/")
+    name = json.loads((folder / "config.json").read_text()).get("_name_or_path") or ""
+    return name if re.fullmatch(r"[\w.-]+/[\w.-]+", name) else None
+
+
+def hub_revision(folder: str | Path) -> str | None:
+    """The commit of a folder that came from the Hugging Face hub: it is kept in its cache's path, or by `hf
+    download --local-dir` beside the files."""
+    folder = Path(folder)
+    if folder.parent.name == "snapshots":
+        return folder.name
+    note = folder / ".cache" / "huggingface" / "download" / "config.json.metadata"
+    return note.read_text().split("\n")[0] if note.is_file() else None
 
 
 # --- Loading --------------------------------------------------------------------------------------------

@@ -6,6 +6,8 @@ tokens are used in training and in inference, and an answer ends with the templa
 """
 
 import functools
+import hashlib
+import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -69,6 +71,13 @@ def load_tokenizer(folder: str | Path) -> Any:
         raise ValueError(
             f"{folder} has no tokenizer that transformers can load: {type(error).__name__}: {error}"
         ) from error
+
+
+def fingerprint(tokenizer: Any) -> str:
+    """A hash of a tokenizer: its vocabulary, rules and chat template."""
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    rules = json.dumps(sorted(tokenizer.get_vocab().items())) if backend is None else backend.to_str()
+    return hashlib.sha256(json.dumps([rules, tokenizer.chat_template]).encode()).hexdigest()[:16]
 
 
 class Prompter:

@@ -72,13 +72,13 @@ from sparqle_jax.sharding import (
     replicated,
     state_sharding,
 )
-from sparqle_jax.transcribe import Listener, ModelSettings, save_model
+from sparqle_jax.sparqle import ModelConfig, SparQLe, Tower
 
 IDENTITY = "identity.json"  # in the run's folder: what must be the same when it goes on
 # Keys of the configuration that may be others when a run goes on; of folders, their contents are compared.
 FREE = (
-    r"run|mesh\..*|encoder|llm|data\.workers|data\.frames|data\.test\..*|data\.train\..*\.folder"
-    r"|stage\d\.(save_every|keep|log_every)"
+    r"run|mesh\..*|encoder|llm|adapter\.(start|tokenizer)|data\.workers|data\.frames|data\.test\..*"
+    r"|data\.train\..*\.folder|stage\d\.(save_every|keep|log_every)"
 )
 HOST_FAILED = 1000  # a "signal", larger than all, by which a host tells the others that it can't go on
 FAILED = 3  # the exit status when it is no use to try again
@@ -596,7 +596,7 @@ class Run:
         dtype = jnp.dtype(config.dtype)
         self.extractor = audio.FeatureExtractor.from_folder(config.encoder)
         encoder = pretrained.load_hubert(config.encoder, dtype=dtype, mesh=self.mesh)
-        self.identity["encoder"] = fingerprint(encoder)
+        self.identity["encoder"] = _tower_identity(config.encoder, encoder)
         speech = self._waveforms(corpus, encoder)
         self.tests = {name: DataSet(folder) for name, folder in config.data.test.items()}
         test_speech = {name: self._waveforms(Corpus([test]), encoder) for name, test in self.tests.items()}
@@ -607,6 +607,7 @@ class Run:
         self.stages: list[Stage] = []
         if config.stage1 is not None:
             tokenizer = prompts.load_tokenizer(config.adapter.tokenizer)
+            self.identity["adapter.tokenizer"] = prompts.fingerprint(tokenizer)
             self.aligner = _make_aligner(config, encoder, tokenizer, self.mesh, rngs)
             vocab_size = self.aligner.adapter.config.vocab_size
 
@@ -618,9 +619,10 @@ class Run:
         if config.stage2 is not None:
             remat = config.stage2.remat
             self.llm = pretrained.load_decoder(config.llm, dtype=dtype, mesh=self.mesh, remat=remat)
-            self.identity["llm"] = fingerprint(self.llm)
+            self.identity["llm"] = _tower_identity(config.llm, self.llm)
             vocab_size = self.llm.config.vocab_size
             self.prompter = prompts.Prompter.from_folder(config.llm, vocab_size)
+            self.identity["llm tokenizer and template"] = prompts.fingerprint(self.prompter.tokenizer)
             tasks = [one.tasks or config.stage2.tasks for one in config.data.train.values()]
 
             def instructed(speech: Waveforms, plan: Plan) -> InstructionExamples:
@@ -638,6 +640,8 @@ class Run:
             else:
                 self.model = SpeechLLM.from_aligner(self.aligner, self.llm, rngs=rngs)
             _try(self.model, self.stages[-1])
+        if (start := config.adapter.start) is not None:
+            self.identity["adapter.start"] = {"hash": pretrained.hash_of(start), "path": str(start)}
         _check_folder(config.run, self.identity)
         if config.data.frames is not None:
             frames = keep_frames(config.data.frames, speech, encoder)
@@ -705,20 +709,20 @@ class Run:
         if self.aligner is not None:
             self.model = SpeechLLM.from_aligner(self.aligner, self.llm, rngs=nnx.Rngs(config.seed))
         self.model = self._run(self.model, stage, folder, profile)
-        settings = ModelSettings(
-            encoder=config.encoder,
-            llm=config.llm,
+        settings = ModelConfig(
+            encoder=Tower.of(config.encoder),
+            llm=Tower.of(config.llm),
             max_seconds=config.data.max_seconds,
             max_new_tokens=config.max_new_tokens,
             dtype=config.dtype,
         )
-        save_model(self.model, folder, settings)
+        sparqle = SparQLe(self.model, self.prompter, self.extractor, settings, self.mesh)
+        sparqle.save_pretrained(folder)
         if not stage.config.evaluate:
             return {}
-        listener = Listener(self.model, self.prompter, self.extractor, settings)
         return _once(
             folder / "results.json",
-            lambda: _evaluate_answers(listener, self.tests, config.test_languages),
+            lambda: _evaluate_answers(sparqle, self.tests, config.test_languages),
         )
 
 
@@ -785,6 +789,16 @@ def _fixed(config: Any, key: str = "") -> Any:
         name: _fixed(value, paths[name])
         for name, value in config.items()
         if not re.fullmatch(FREE, paths[name])
+    }
+
+
+def _tower_identity(folder: Path, tower: Hubert | Decoder) -> dict[str, Any]:
+    """The hash of a tower's weights, which counts, and where they come from."""
+    return {
+        "hash": fingerprint(tower),
+        "path": str(folder),
+        "name": pretrained.hub_name(folder),
+        "revision": pretrained.hub_revision(folder),
     }
 
 
@@ -892,9 +906,9 @@ def _make_sparqle(config: Config, encoder: Hubert, llm: Decoder, mesh: Mesh, rng
 
 
 def _evaluate_answers(
-    listener: Listener, tests: dict[str, DataSet], languages: tuple[str, ...]
+    sparqle: SparQLe, tests: dict[str, DataSet], languages: tuple[str, ...]
 ) -> dict[str, Any]:
-    results = {name: evaluate(listener, test, languages)[0] for name, test in tests.items()}
+    results = {name: evaluate(sparqle, test, languages)[0] for name, test in tests.items()}
     if results:
         hosts.say(table(results))
     return results

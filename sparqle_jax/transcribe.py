@@ -1,204 +1,288 @@
-"""Recordings in, text out: transcripts, or translations.
+"""Recordings in, text out: transcripts, translations, or answers to a prompt of your own.
 
-    python -m sparqle_jax.transcribe RECORDING... [--model FOLDER] [--translate German]
+    sparqle transcribe talk.mp3
+    sparqle transcribe recordings/ "more/*.flac" --translate German --format srt --output subtitles/
+    arecord -f S16_LE -r 16000 -d 5 | sparqle transcribe -
 
-A model folder holds `model.json`, which names the folders of the frozen towers, and `adapter.safetensors`.
-Training writes one; without --model it is the miniature that comes with the package.
+Recordings longer than the model hears at once are cut at pauses. With --output, what is there already is
+left alone, so the same command goes on where it was stopped. Exit status: 0 all are done; 1 some could not
+be heard, each with its reason; 2 a mistake in the command, and nothing was done.
 """
 
 import argparse
-import functools
+import csv
+import glob
+import io
+import json
 import os
+import shutil
 import sys
+import tempfile
+import time
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack
 from pathlib import Path
-from typing import Literal
 
 import jax
-import jax.numpy as jnp
-import numpy as np
-import pydantic
-from etils import epath
-from flax import nnx
+import tqdm
 
-from sparqle_jax import audio, hosts, pretrained, prompts
+from sparqle_jax import audio
 from sparqle_jax.data.pipeline import TRANSCRIBE, instructions
-from sparqle_jax.generate import GenerationConfig, generate
-from sparqle_jax.model import SpeechLLM
+from sparqle_jax.sparqle import BATCH_SIZE, MINIATURE, Piece, SparQLe, Transcript, with_speech
 
-MINIATURE = Path(__file__).parent / "demo" / "models" / "sparqle"
+ENDINGS = {".wav", ".flac", ".mp3", ".ogg", ".opus", ".oga", ".aiff", ".aif", ".au", *audio.FFMPEG}
 
 
-class ModelSettings(pydantic.BaseModel, frozen=True, extra="forbid"):
-    """What `model.json` says of a model, beside its weights.
+def find_recordings(names: list[str]) -> dict[str, str]:
+    """Files by what their output is to be called: files as given, of folders and globs all recordings.
 
-    encoder, llm: folders of the towers, in the file relative to it. dtype: of matrix products and of the
-    towers. max_seconds: the longest recording; max_new_tokens: the longest answer.
+    Raises ValueError for a folder or a glob without any, and for two files with the same output.
     """
-
-    encoder: Path
-    llm: Path
-    max_seconds: float
-    max_new_tokens: int
-    dtype: Literal["float32", "bfloat16"]
-
-
-def save_model(model: SpeechLLM, folder: str | epath.Path, settings: ModelSettings) -> None:
-    """Writes a model folder; of several hosts, which call this together, the first does."""
-    folder = epath.Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
-    pretrained.save_published(model, folder / "adapter.safetensors")
-    if not hosts.is_first():
-        return
-    towers = {name: getattr(settings, name).resolve() for name in ("encoder", "llm")}
-    if "://" not in str(folder):
-        towers = {name: Path(os.path.relpath(path, folder.resolve())) for name, path in towers.items()}
-    (folder / "model.json").write_text(settings.model_copy(update=towers).model_dump_json(indent=2) + "\n")
-
-
-@functools.partial(jax.jit, static_argnums=0)
-def _encode(graph: nnx.GraphDef, state: nnx.State, waveform: jax.Array, mask: jax.Array):
-    return nnx.merge(graph, state)(waveform, mask)
+    found: dict[str, str] = {}
+    for name in names:
+        if os.path.isdir(name):
+            files = sorted(str(file) for file in Path(name).rglob("*") if file.suffix.lower() in ENDINGS)
+            pairs = [(os.path.relpath(file, name), file) for file in files]
+        elif glob.has_magic(name) and not os.path.exists(name):
+            pairs = [(os.path.basename(file), file) for file in sorted(glob.glob(name, recursive=True))]
+        else:
+            pairs = [("stdin" if name == "-" else os.path.basename(name), name)]
+        if not pairs:
+            raise ValueError(f"{name} has no recordings: looked for {', '.join(sorted(ENDINGS))}.")
+        for short, file in pairs:
+            stem = os.path.splitext(short)[0]
+            if found.setdefault(stem, file) != file:
+                raise ValueError(
+                    f"{found[stem]} and {file} would both be called {stem}: give the folder around them, or "
+                    "one after the other."
+                )
+    return found
 
 
-class Listener:
-    """A model with all that it needs to answer: its prompts, and how its encoder wants waveforms."""
+def _clock(seconds: float, mark: str) -> str:
+    whole, thousandths = divmod(round(1000 * seconds), 1000)
+    return f"{whole // 3600:02}:{whole // 60 % 60:02}:{whole % 60:02}{mark}{thousandths:03}"
 
-    def __init__(
-        self,
-        model: SpeechLLM,
-        prompter: prompts.Prompter,
-        extractor: audio.FeatureExtractor,
-        settings: ModelSettings,
-    ):
-        self.model, self.prompter, self.extractor = model, prompter, extractor
-        self.max_seconds, self.max_new_tokens = settings.max_seconds, settings.max_new_tokens
 
-    @classmethod
-    def from_folder(cls, folder: str | Path) -> "Listener":
-        """Raises FileNotFoundError for what is no model folder, ValueError for one that is not right."""
-        folder = Path(folder)
-        if not (folder / "model.json").is_file():
-            raise FileNotFoundError(
-                f"{folder} is no model folder: it has no model.json. Give the folder of a stage 2 that "
-                "training has finished, such as runs/tiny/stage2."
-            )
-        settings = ModelSettings.model_validate_json((folder / "model.json").read_text())
-        encoder, llm, dtype = folder / settings.encoder, folder / settings.llm, jnp.dtype(settings.dtype)
-        model = pretrained.load_sparqle(
-            folder / "adapter.safetensors",
-            pretrained.load_hubert(encoder, dtype=dtype),
-            pretrained.load_decoder(llm, dtype=dtype),
-            dtype=dtype,
-        )
-        return cls(
-            model,
-            prompts.Prompter.from_folder(llm, model.llm.config.vocab_size),
-            audio.FeatureExtractor.from_folder(encoder),
-            settings,
-        )
+def _spoken(transcript: Transcript) -> list[Piece]:
+    return [piece for piece in transcript.pieces if piece.text]
 
-    def check(self, waveform: np.ndarray) -> None:
-        """Raises ValueError, saying what is the matter, for a waveform in which no speech can be heard."""
-        longest = round(self.max_seconds * audio.SAMPLE_RATE)
-        audio.check(waveform, min_samples=self.model.encoder.config.min_samples, max_samples=longest)
 
-    def answer(
-        self, waveforms: Sequence[np.ndarray], task: str = TRANSCRIBE, *, batch_size: int = 32
-    ) -> list[str]:
-        """What is said in waveforms float [S] at 16 kHz, as text or translated into a language ("fr").
+def as_text(transcript: Transcript) -> str:
+    return transcript.text + "\n"
 
-        Warns of answers that are cut because they have `max_new_tokens` tokens and no end. Raises ValueError
-        as `check` does, naming the waveform by its number.
-        """
-        for i, waveform in enumerate(waveforms):
-            try:
-                self.check(waveform)
-            except ValueError as error:
-                raise ValueError(f"waveform {i}: {error}") from error
-        texts = []
-        for start in range(0, len(waveforms), batch_size):
-            some = waveforms[start : start + batch_size]
-            texts += self.answer_frames(self.encode(some, batch_size), len(some), task)
-        return texts
 
-    def encode(self, waveforms: Sequence[np.ndarray], batch_size: int) -> dict[str, jax.Array]:
-        """frames [B, T, D] and frames_mask bool [B, T] of up to `batch_size` waveforms that pass `check`."""
-        some = [self.extractor(waveform) for waveform in waveforms]
-        # All batches have one shape, so that there is one program.
-        length = round(self.max_seconds * audio.SAMPLE_RATE)
-        waveform, mask = audio.pad([*some, *some[:1] * (batch_size - len(some))], length)
-        frames, frames_mask = _encode(*nnx.split(self.model.encoder), waveform, mask)
-        return {"frames": frames, "frames_mask": frames_mask}
+def as_json(transcript: Transcript) -> str:
+    pieces = [vars(piece) for piece in transcript.pieces]
+    return json.dumps({"text": transcript.text, "pieces": pieces}, ensure_ascii=False) + "\n"
 
-    def answer_frames(self, frames: dict[str, jax.Array], num: int, task: str = TRANSCRIBE) -> list[str]:
-        """The answers to the first `num` rows of what `encode` has given."""
-        asked = self.prompter.prompt(instructions(task)[0])
-        return self._generate(self._prompts([asked] * len(frames["frames"])) | frames, num)
 
-    def answer_text(
-        self,
-        texts: Sequence[str],
-        task: str = TRANSCRIBE,
-        *,
-        batch_size: int = 32,
-    ) -> list[str]:
-        """The LLM's own answers to the same instructions with the written text in place of the speech."""
-        template = instructions(task)[0]
-        # The text is tokenised apart from what is around it, as the speech stands apart.
-        before, after = self.prompter.prompt(template)
-        rows = [(before + self.prompter.answer(text)[:-1], after) for text in texts]
-        answers = []
-        for start in range(0, len(rows), batch_size):
-            some = rows[start : start + batch_size]
-            batch = self._prompts([*some, *some[:1] * (batch_size - len(some))])
-            answers += self._generate(batch, len(some))
-        return answers
+def as_srt(transcript: Transcript) -> str:
+    blocks = [
+        f"{i}\n{_clock(piece.start, ',')} --> {_clock(piece.end, ',')}\n{piece.text}\n"
+        for i, piece in enumerate(_spoken(transcript), 1)
+    ]
+    return "\n".join(blocks)
 
-    def _prompts(self, asked: list[tuple[list[int], list[int]]]) -> dict[str, np.ndarray]:
-        # To multiples of 16 tokens, so that instructions of about the same length share a program.
-        before, after = (-(-max(len(pair[i]) for pair in asked) // 16) * 16 for i in range(2))
-        vocab_size = self.model.llm.config.vocab_size
-        return prompts.collate(asked, vocab_size=vocab_size, before_length=before, after_length=after)
 
-    def _generate(self, batch: dict[str, np.ndarray], num: int) -> list[str]:
-        end = self.prompter.end_id
-        settings = GenerationConfig(self.max_new_tokens, eos_token_ids=(end,))
-        rows = hosts.whole(generate(self.model, batch, settings))[:num]
-        if cut := int((rows != end).all(1).sum()):
-            warnings.warn(
-                f"{cut} of {num} answers have no end within max_new_tokens={self.max_new_tokens} tokens: "
-                "they are cut there.",
-                stacklevel=3,
-            )
-        return [self.prompter.decode(row) for row in rows]
+def as_vtt(transcript: Transcript) -> str:
+    escaped = str.maketrans({"&": "&amp;", "<": "&lt;", ">": "&gt;"})
+    blocks = [
+        f"\n{_clock(piece.start, '.')} --> {_clock(piece.end, '.')}\n{piece.text.translate(escaped)}\n"
+        for piece in _spoken(transcript)
+    ]
+    return "WEBVTT\n" + "".join(blocks)
+
+
+def as_tsv(transcript: Transcript) -> str:
+    text = io.StringIO()
+    writer = csv.writer(text, delimiter="\t", lineterminator="\n")
+    writer.writerow(["start", "end", "text"])
+    writer.writerows(vars(piece).values() for piece in _spoken(transcript))
+    return text.getvalue()
+
+
+FORMATS: dict[str, Callable[[Transcript], str]] = {
+    "text": as_text,
+    "json": as_json,
+    "srt": as_srt,
+    "vtt": as_vtt,
+    "tsv": as_tsv,
+}
+
+
+def write(file: Path, text: str) -> None:
+    """Writes a file whole or not at all."""
+    file.parent.mkdir(parents=True, exist_ok=True)
+    partial = file.with_name(file.name + ".partial")
+    partial.write_text(text, encoding="utf-8")
+    partial.replace(file)
+
+
+def _seconds(file: str) -> float:
+    """How long a recording is, or 0 if it can't be told: why is said when it is heard."""
+    try:
+        return audio.count_samples(file) / audio.SAMPLE_RATE
+    except (audio.UnusableAudio, OSError):
+        return 0.0
+
+
+def add_generation_arguments(parser: argparse.ArgumentParser) -> None:
+    """The settings of generation that a command has, under the names of `GenerationConfig`."""
+    group = parser.add_argument_group("generation (else as the model's config.json says)")
+    group.add_argument("--max-new-tokens", type=int, metavar="N", help="of the answer to one window")
+    group.add_argument("--min-new-tokens", type=int, metavar="N")
+    group.add_argument(
+        "--num-beams", type=int, metavar="N", help="beam search instead of the likeliest token"
+    )
+    group.add_argument("--length-penalty", type=float, metavar="X")
+    group.add_argument("--repetition-penalty", type=float, metavar="X")
+    group.add_argument("--no-repeat-ngram-size", type=int, metavar="N")
+    group.add_argument("--temperature", type=float, metavar="X", help="sampling, from the softmax at it")
+    group.add_argument("--top-k", type=int, metavar="N")
+    group.add_argument("--top-p", type=float, metavar="X")
+    group.add_argument("--seed", type=int, metavar="N", help="of sampling")
+
+
+def generation_settings(args: argparse.Namespace) -> dict[str, float]:
+    """Those that were given."""
+    names = "max_new_tokens min_new_tokens num_beams length_penalty repetition_penalty no_repeat_ngram_size"
+    given = {name: getattr(args, name) for name in f"{names} temperature top_k top_p seed".split()}
+    given = {name: value for name, value in given.items() if value is not None}
+    if given.keys() & {"temperature", "top_k", "top_p", "seed"}:
+        given["do_sample"] = True
+    return given
+
+
+def add_tower_arguments(parser: argparse.ArgumentParser) -> None:
+    """For models whose towers have moved."""
+    parser.add_argument("--encoder", type=Path, metavar="FOLDER", help="where the model's encoder is here")
+    parser.add_argument("--llm", type=Path, metavar="FOLDER", help="where the model's LLM is here")
+
+
+def make_parser() -> argparse.ArgumentParser:
+    description, _, rest = __doc__.partition("\n\n")
+    parser = argparse.ArgumentParser(
+        "sparqle transcribe",
+        description=description,
+        epilog=rest,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("recordings", nargs="+", help="files, folders, globs, or - for stdin")
+    parser.add_argument("--model", type=Path, default=MINIATURE, help="a model folder; else the miniature")
+    add_tower_arguments(parser)
+    what = parser.add_mutually_exclusive_group()
+    what.add_argument("--translate", metavar="LANGUAGE", help="into German, say, or de")
+    what.add_argument("--prompt", help="your own, with <SpeechHere> where the speech is to be")
+    parser.add_argument("--format", choices=FORMATS, default="text")
+    parser.add_argument("--output", type=Path, metavar="DIR", help="a file for each, in place of stdout")
+    parser.add_argument("--overwrite", action="store_true", help="also what --output has already")
+    parser.add_argument("--batch-size", type=int, default=BATCH_SIZE, help=f"windows ({BATCH_SIZE})")
+    add_generation_arguments(parser)
+    return parser
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser("python -m sparqle_jax.transcribe", description=__doc__.split("\n")[0])
-    parser.add_argument("recordings", nargs="+", type=Path, help="wav, flac, mp3, ogg or opus")
-    parser.add_argument("--model", type=Path, default=MINIATURE, help="a model folder")
-    parser.add_argument("--translate", metavar="LANGUAGE", help="translate, into German or de, say")
-    parser.add_argument("--max-new-tokens", type=int, help="of an answer; else as the model was saved")
+    parser = make_parser()
     args = parser.parse_args(argv)
     try:
-        listener = Listener.from_folder(args.model)
-        listener.max_new_tokens = args.max_new_tokens or listener.max_new_tokens
-        instructions(args.translate or TRANSCRIBE)
-    except (ValueError, FileNotFoundError) as error:
-        parser.error(str(error))
-    failed = False
-    for recording in args.recordings:
-        try:
-            waveform = audio.read(recording)
-            listener.check(waveform)
-        except (ValueError, FileNotFoundError) as error:
-            print(f"{recording}: {error}", file=sys.stderr)
-            failed = True
-            continue
-        print(*listener.answer([waveform], args.translate or TRANSCRIBE, batch_size=1))
-    return int(failed)
+        if args.batch_size < 1:
+            raise ValueError(f"--batch-size {args.batch_size}: at least 1.")
+        instruction = (
+            with_speech(args.prompt) if args.prompt else instructions(args.translate or TRANSCRIBE)[0]
+        )
+        recordings = find_recordings(args.recordings)
+        if args.output is None and args.format in ("srt", "vtt", "tsv") and len(recordings) > 1:
+            raise ValueError(f"--format {args.format} of several recordings needs --output DIR.")
+        if args.output is not None:
+            args.output.mkdir(parents=True, exist_ok=True)
+        sparqle = SparQLe.from_pretrained(args.model, encoder=args.encoder, llm=args.llm)
+        settings = generation_settings(args)
+        sparqle.generation_config(**settings)
+        sparqle.prompter.prompt(instruction)
+    except (ValueError, OSError) as error:
+        parser.error(str(error))  # with status 2
+    ending = {"text": ".txt"}.get(args.format, f".{args.format}")
+    if args.output is not None and not args.overwrite:
+        there = [name for name in recordings if (args.output / (name + ending)).is_file()]
+        recordings = {name: file for name, file in recordings.items() if name not in there}
+        if there:
+            print(f"{len(there)} are done already, {len(recordings)} are left.", file=sys.stderr)
+    with ExitStack() as stack:
+        if "-" in recordings.values():
+            kept = stack.enter_context(tempfile.NamedTemporaryFile(suffix=".wav"))
+            shutil.copyfileobj(sys.stdin.buffer, kept)
+            kept.flush()
+            recordings = {name: kept.name if file == "-" else file for name, file in recordings.items()}
+        return _transcribe(sparqle, recordings, instruction, settings, args, ending)
+
+
+def _transcribe(
+    sparqle: SparQLe,
+    recordings: dict[str, str],
+    instruction: str,
+    settings: dict[str, float],
+    args: argparse.Namespace,
+    ending: str,
+) -> int:
+    lengths = {name: _seconds(file) for name, file in recordings.items()}
+    order = sorted(recordings, key=lengths.__getitem__) if args.output is not None else list(recordings)
+    progress = tqdm.tqdm(
+        total=round(sum(lengths.values()), 1),
+        unit="s of audio",
+        desc=f"{len(order)} recordings",
+        disable=None if len(order) > 1 or sum(lengths.values()) > 60 else True,
+    )
+    failed, compiling, began = 0, [0.0], time.monotonic()
+
+    def compiled(event: str, seconds: float, **_) -> None:
+        if event.startswith("/jax/core/compile/"):
+            compiling[0] += seconds
+
+    jax.monitoring.register_event_duration_secs_listener(compiled)
+    with progress, warnings.catch_warnings():
+        warnings.simplefilter("always")
+        results: Iterator = sparqle.listen(
+            (recordings[name] for name in order),
+            instruction,
+            batch_size=args.batch_size,
+            heard=lambda seconds: progress.update(round(seconds, 1)),
+            **settings,
+        )
+        for name, result in zip(order, results, strict=True):
+            if isinstance(result, Exception):
+                failed += 1
+                with progress.external_write_mode(sys.stderr):
+                    print(_reason(recordings[name], result), file=sys.stderr)
+                continue
+            text = FORMATS[args.format](result)
+            if args.output is not None:
+                write(args.output / (name + ending), text)
+                continue
+            with progress.external_write_mode():
+                several = len(order) > 1
+                if several and args.format == "json":
+                    text = (
+                        json.dumps({"file": recordings[name], **json.loads(text)}, ensure_ascii=False) + "\n"
+                    )
+                elif several:
+                    text = f"{recordings[name]}\t{text}"
+                print(text, end="", flush=True)
+    jax.monitoring.unregister_event_duration_listener(compiled)
+    took = time.monotonic() - began - compiling[0]
+    print(
+        f"{sum(lengths.values()):.1f} s of audio in {took:.1f} s, and {compiling[0]:.1f} s to compile.",
+        file=sys.stderr,
+    )
+    if failed and len(order) > 1:
+        print(f"{failed} of {len(order)} recordings could not be heard.", file=sys.stderr)
+    return 1 if failed else 0
+
+
+def _reason(file: str, error: Exception) -> str:
+    text = " ".join(str(error).split())
+    return text if file in text else f"{file}: {text}"
 
 
 if __name__ == "__main__":

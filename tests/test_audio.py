@@ -120,3 +120,111 @@ def test_pad():
 def test_bad_waveforms(bad, message):
     with pytest.raises(ValueError, match=message):
         audio.pad([np.ones(500), bad], 800)
+
+
+RATE = audio.SAMPLE_RATE
+
+
+def noise(seconds: float, seed: int = 0) -> np.ndarray:
+    """Something loud without a pause."""
+    return np.random.default_rng(seed).normal(0, 0.1, round(seconds * RATE)).astype(np.float32)
+
+
+def silence(seconds: float) -> np.ndarray:
+    return np.zeros(round(seconds * RATE), np.float32)
+
+
+def cut(waveform, seconds: float, block: float = 1.0, **options) -> list[audio.Window]:
+    size = round(block * RATE)
+    blocks = [waveform[i : i + size] for i in range(0, len(waveform), size)]
+    return list(audio.cut(blocks, round(seconds * RATE), **options))
+
+
+class TestCut:
+    def test_what_fits_is_one_window_but_for_silence_at_its_edges(self):
+        speech = np.concatenate([noise(0.5), silence(0.8), noise(0.5)])
+        (window,) = cut(speech, 3)
+        np.testing.assert_array_equal(window.waveform, speech)
+        (window,) = cut(np.concatenate([silence(0.5), speech, silence(0.6)]), 3, margin=0.25)
+        np.testing.assert_array_equal(window.waveform[RATE // 4 : -RATE // 4], speech)
+        assert window.start == RATE // 4
+
+    @pytest.mark.parametrize("block", [0.3, 1.0, 60.0])
+    def test_sentences_are_cut_apart_in_long_pauses(self, block):
+        sentences = [noise(length, i) for i, length in enumerate((1.5, 2.0, 0.5, 2.9))]
+        waveform = np.concatenate([part for s in sentences for part in (s, silence(0.8))])
+        windows = cut(waveform, 3, block, margin=0.0)
+        assert len(windows) == 4
+        for window, sentence in zip(windows, sentences, strict=True):
+            np.testing.assert_array_equal(window.waveform, sentence)
+            np.testing.assert_array_equal(
+                waveform[window.start : window.start + len(sentence)], window.waveform
+            )
+
+    def test_else_in_the_longest_short_pause_of_the_second_half(self):
+        waveform = np.concatenate([noise(1.0), silence(0.4), noise(1), silence(0.2), noise(1.5)])
+        first, second = cut(waveform, 3)
+        assert abs(len(first.waveform) / RATE - 2.5) < 0.02  # the middle of the second pause
+        assert second.start == len(first.waveform)
+        assert not second.overlaps
+
+    def test_without_a_pause_windows_overlap(self):
+        waveform = noise(7)
+        windows = cut(waveform, 3)
+        assert [window.overlaps for window in windows] == [False, True, True]
+        assert [window.start / RATE for window in windows] == [0, 2.25, 4.5]
+        assert sum(len(window.waveform) for window in windows) == len(waveform) + 2 * 0.75 * RATE
+
+    @pytest.mark.parametrize("seed", range(20))
+    def test_nothing_loud_is_left_out(self, seed):
+        rng = np.random.default_rng(seed)
+        parts = [(silence if rng.random() < 0.4 else noise)(rng.exponential(1.0)) for _ in range(30)]
+        waveform = np.concatenate([noise(1), *parts])
+        covered = np.zeros(len(waveform), bool)
+        for window in cut(waveform, 3, block=rng.uniform(0.1, 5)):
+            assert len(window.waveform) <= 3 * RATE
+            end = min(window.start + len(window.waveform), len(waveform))
+            np.testing.assert_array_equal(window.waveform[: end - window.start], waveform[window.start : end])
+            covered[window.start : end] = True
+        assert np.abs(waveform[~covered]).max(initial=0) == 0
+
+    def test_what_can_not_be_heard(self):
+        for waveform, message in (
+            (silence(0), "0 samples"),
+            (silence(10), "silent"),
+            (np.full(5 * RATE, np.nan, np.float32), "not finite"),
+            (noise(0.02), "320 samples"),
+        ):
+            with pytest.raises(audio.UnusableAudio, match=message):
+                cut(waveform, 3)
+
+
+@pytest.mark.parametrize(("rate", "channels"), [(16_000, 1), (44_100, 2), (8_000, 1), (96_000, 8)])
+def test_blocks_are_the_recording(tmp_path, rate, channels, monkeypatch):
+    monkeypatch.setattr(audio, "BLOCK", 0.7)
+    recording = np.random.default_rng(0).normal(0, 0.1, (round(2.5 * rate), channels))
+    soundfile.write(tmp_path / "a.flac", recording, rate)
+    blocks = list(audio.read_blocks(tmp_path / "a.flac"))
+    assert len(blocks) >= 3
+    whole = audio.read(tmp_path / "a.flac")
+    # Resampled as it comes, a recording may be a sample longer or shorter.
+    together = np.concatenate(blocks)
+    assert abs(len(together) - len(whole)) <= 1
+    size = min(len(together), len(whole)) - 100
+    np.testing.assert_allclose(together[:size], whole[:size], atol=1e-4)
+
+
+def test_other_formats_are_read_by_ffmpeg_where_it_is(tmp_path, monkeypatch):
+    """By a stand-in, which says how it was called and gives the recording back as wav."""
+    soundfile.write(tmp_path / "plain.wav", noise(1), RATE)
+    (tmp_path / "plain.wav").rename(tmp_path / "talk.m4a")
+    (tmp_path / "bin").mkdir()
+    program = tmp_path / "bin" / "ffmpeg"
+    program.write_text('#!/bin/sh\necho "$@" > "$(dirname "$0")/called"\ncp "${7#file:}" "$9"\n')
+    program.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path / 'bin'}:/usr/bin:/bin")
+    np.testing.assert_allclose(audio.read(tmp_path / "talk.m4a"), noise(1), atol=1e-4)
+    assert (tmp_path / "bin" / "called").read_text().startswith("-nostdin -v error -f mov -i file:")
+    program.write_text("#!/bin/sh\necho some words >&2\necho moov atom not found >&2\nexit 1\n")
+    with pytest.raises(audio.UnusableAudio, match=r"talk.m4a can't be read by ffmpeg: moov atom not found"):
+        audio.read(tmp_path / "talk.m4a")

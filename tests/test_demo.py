@@ -11,10 +11,11 @@ import pytest
 from safetensors import safe_open
 from safetensors.numpy import save_file
 
-from sparqle_jax import evaluate, pretrained, train, transcribe
+from sparqle_jax import evaluate, pretrained, train
 from sparqle_jax.config import read_config
 from sparqle_jax.demo import __main__ as demo
 from sparqle_jax.demo import encoder, language_model, ship, study
+from sparqle_jax.sparqle import SparQLe
 
 
 def run_demo(run, data, *more: str) -> dict:
@@ -95,7 +96,7 @@ def test_from_scratch_to_a_package_of_its_own(small_world, tmp_path, monkeypatch
     package = tmp_path / "models"
     monkeypatch.setattr(ship, "MODELS", package)
     ship.main([str(run)])
-    model = transcribe.Listener.from_folder(package / "sparqle").model
+    model = SparQLe.from_pretrained(package / "sparqle").model
     assert model.encoder.config.num_hidden_layers == 2
     assert model.llm.config.vocab_size == language_model.VOCAB_SIZE
     assert model.adapter.config.num_queries == 4

@@ -1,13 +1,53 @@
-"""Scores of hand-made answers."""
+"""Scores of hand-made answers; and the command with the miniature: its files, going on, meshes."""
 
+import base64
+import json
+import re
+
+import numpy as np
 import pytest
+import soundfile
 
-from sparqle_jax.evaluate import score, table
+from sparqle_jax import evaluate
+from sparqle_jax.data import prepare
+from sparqle_jax.data.dataset import DataSet
+from sparqle_jax.evaluate import basic, differences, histogram, length_name, score, score_one, table
+from sparqle_jax.sparqle import SparQLe
 
 
-def test_word_error_rate_counts_substitutions_deletions_and_insertions():
+def test_error_rates_count_substitutions_deletions_and_insertions():
     scores = score("transcribe", ["a b c d", "e f"], ["a x c", "e f g"])
-    assert scores == {"wer": pytest.approx(3 / 6), "exact": 0.0}
+    # Characters: b -> x, " d" is missing, " g" is extra; of 7 + 3.
+    assert scores == {"wer": pytest.approx(3 / 6), "cer": pytest.approx(5 / 10), "exact": 0.0}
+
+
+def test_the_normaliser_decides_what_is_an_error():
+    reference, answer = ["Don't stop, Twenty-Five!"], ["don\u2019t stop twenty five"]
+    assert score("transcribe", reference, answer)["wer"] == pytest.approx(4 / 3)
+    assert score("transcribe", reference, answer, normalizer="basic") == {"wer": 0, "cer": 0, "exact": 0}
+
+
+@pytest.mark.parametrize(
+    ("text", "plain"),
+    [
+        ("  Ça va ?  ", "ça va"),
+        ("«\uff37\uff49de» \u2014 3.5 €", "wide 3 5 €"),
+        ("你好\uff0c世界。", "你好 世界"),
+        ("...", ""),
+    ],
+)
+def test_the_basic_normaliser(text, plain):
+    assert basic(text) == plain
+
+
+def test_without_words_in_reference_or_answer():
+    assert score("transcribe", ["a b"], [""])["wer"] == 1
+    assert score("transcribe", ["...", "a b"], ["x", "a b"], normalizer="basic")["wer"] == pytest.approx(
+        1 / 2
+    )
+    assert score("transcribe", ["..."], ["!"], normalizer="basic") == {"wer": 0, "cer": 0, "exact": 0}
+    assert score("transcribe", ["..."], ["x y"], normalizer="basic")["wer"] == 2
+    assert score_one("fr", "", "")["chrf"] == 0
 
 
 def test_bleu_of_the_reference_is_100_and_of_other_words_0():
@@ -22,8 +62,214 @@ def test_bleu_of_the_reference_is_100_and_of_other_words_0():
     assert scores["exact"] == 0.0
 
 
+def test_signatures_name_the_tokenizer():
+    assert "tok:13a" in evaluate.signatures("fr")["bleu"]
+    assert "tok:zh" in evaluate.signatures("zh_TW")["bleu"]
+    assert re.search("tok:(char|ja-mecab)", evaluate.signatures("ja")["bleu"])
+    assert "tok:char" in evaluate.signatures("th")["bleu"]
+    assert "nc:6" in evaluate.signatures("fr")["chrf"]
+    assert score("zh", ["今天天气很好"], ["今天天气不好"])["bleu"] > 20
+
+
 def test_table_has_a_row_for_each_evaluation():
-    scores = {"transcribe": {"wer": 0.021, "exact": 0.9}, "fr": {"bleu": 81.25, "chrf": 90, "exact": 0.5}}
+    scores = {
+        "transcribe": {"wer": 0.021, "cer": 0.01, "exact": 0.9},
+        "fr": {"bleu": 81.25, "chrf": 90, "exact": 0.5},
+    }
     lines = table({"yours": scores, "shipped one": scores}).splitlines()
-    assert lines[0].split() == ["WER", "BLEU", "fr"]
-    assert lines[2].split() == ["shipped", "one", "2.1%", "81.2"]
+    assert lines[0].split() == ["WER", "CER", "BLEU", "fr", "chrF", "fr"]
+    assert lines[2].split() == ["shipped", "one", "2.1%", "1.0%", "81.2", "90.0"]
+
+
+def test_lengths_and_error_rates_in_buckets():
+    assert [length_name(s) for s in (0.1, 2.0, 2.1, 30, 31)] == [
+        "0-2 s",
+        "0-2 s",
+        "2-5 s",
+        "20-30 s",
+        "over 30 s",
+    ]
+    counts = dict(histogram([0, 0, 0.1, 0.11, 1, 7]))
+    assert counts["0"] == 2
+    assert (counts["≤10"], counts["≤20"], counts["≤100"], counts[">100"]) == (1, 1, 1, 1)
+
+
+def test_differences_are_those_that_the_wer_counts():
+    reference, answer = differences("The cat, sat down.", "the hat sat down now", "basic")
+    assert reference == [("same", "The"), ("sub", "cat,"), ("same", "sat down.")]
+    assert answer == [("same", "the"), ("sub", "hat"), ("same", "sat down"), ("ins", "now")]
+    assert differences("a b", "b") == ([("del", "a"), ("same", "b")], [("same", "b")])
+    assert differences("", "a") == ([], [("ins", "a")])
+    assert differences("twenty-five", "twenty six", "basic")[0] == [("sub", "twenty-five")]
+    assert differences("很好", "不好", by_character=True)[1] == [("sub", "不"), ("same", "好")]
+
+
+def run(data, output, *more: str) -> dict:
+    arguments = ["miniature", str(data), "--output", str(output), "--translate", "fr", *more]
+    assert evaluate.main(arguments) == 0
+    return json.loads((output / "results.json").read_text())
+
+
+@pytest.fixture(scope="module")
+def done(small_world, tmp_path_factory):
+    """The folder of an evaluation of 8 utterances in batches of 3."""
+    output = tmp_path_factory.mktemp("evaluation")
+    run(small_world / "heard", output, "--batch-size", "3")
+    return output
+
+
+def lines(output) -> list[dict]:
+    return [json.loads(line) for line in (output / "answers.jsonl").read_text().splitlines()]
+
+
+def test_the_files_of_an_evaluation_agree(done, small_world):
+    data, rows = DataSet(small_world / "heard"), lines(done)
+    results = json.loads((done / "results.json").read_text())
+    assert sorted(row["index"] for row in rows) == list(range(8))
+    assert [row["seconds"] for row in rows] == sorted((row["seconds"] for row in rows), reverse=True)
+    for row in rows:
+        assert (row["id"], row["fr"]["reference"]) == (
+            data[row["index"]].id,
+            data[row["index"]].translations["fr"],
+        )
+        assert row["transcribe"].keys() == {"reference", "answer", "wer", "cer"}
+    assert results["normalizer"] == "basic"
+    assert results["data set"]["hash"] == data.fingerprint
+    scores = results["scores"]
+    texts = [[row["fr"][name] for row in rows] for name in ("reference", "answer")]
+    assert scores["all"]["scores"]["fr"] == score("fr", *texts)
+    assert scores["all"] == scores["by language"]["en"]
+    assert sum(one["utterances"] for one in scores["by length"].values()) == scores["all"]["utterances"] == 8
+
+    # As training calls it, in one batch: the same answers.
+    by_task, answers = evaluate.evaluate(SparQLe.from_pretrained(), data, ["fr"])
+    assert [answers[row["index"]] for row in rows] == [
+        {task: row[task]["answer"] for task in ("transcribe", "fr")} for row in rows
+    ]
+    assert by_task["fr"] == scores["all"]["scores"]["fr"]
+    assert by_task["transcribe"]["wer"] < 0.15
+
+
+def test_the_page_has_the_worst_utterances_with_their_recordings(done):
+    page = (done / "index.html").read_text()
+    clips = json.loads(re.search(r'type="application/json">(.*?)</script>', page, re.DOTALL)[1])
+    assert clips
+    assert page.count("<audio") == len(re.findall(r'data-clip="\d+"', page)) >= len(clips)
+    assert all(base64.b64decode(clip)[:4] == b"RIFF" for clip in clips.values())
+    assert page.count("<svg") == 2
+    assert not re.findall(r'(?:src|href)="https?:', page)  # it works without a network
+
+
+def test_texts_are_no_markup_on_the_page(done, small_world):
+    evil = '</script><script>alert("x")</script><img src=x onerror=alert(1)> \' " &'
+    rows, results = lines(done), json.loads((done / "results.json").read_text())
+    for row in rows:
+        row |= {"id": evil, "speaker": evil, "language": evil}
+        row["transcribe"] |= {"reference": evil, "answer": evil + " <b>more</b>", "wer": 0.5}
+        row["fr"]["answer"] = evil
+    results["scores"] = evaluate.group(rows, results["tasks"], "none")
+    results["model"]["folder"] = evil
+    page = evaluate.page(results, rows, DataSet(small_world / "heard"))
+    assert page.count("<script") == page.count("</script>") == 2
+    assert "<img" not in page
+    assert "<b>more" not in page
+    assert "&lt;img" in page
+
+
+def test_recordings_that_have_no_room_on_the_page_are_said_to_be_left_out(done, small_world, monkeypatch):
+    monkeypatch.setattr(evaluate, "MAX_AUDIO", 100_000)
+    results = json.loads((done / "results.json").read_text())
+    page = evaluate.page(results, lines(done), DataSet(small_world / "heard"))
+    assert "Without its recording" in page
+    assert len(page) < 200_000
+
+
+@pytest.mark.parametrize("kept", [2, 5])  # in the first batch and in the second
+def test_a_stopped_evaluation_goes_on_to_the_same_results(kept, done, small_world, tmp_path, monkeypatch):
+    for name in ("evaluation.json", "answers.jsonl"):
+        (tmp_path / name).write_bytes((done / name).read_bytes())
+    whole = (tmp_path / "answers.jsonl").read_bytes().splitlines(keepends=True)
+    (tmp_path / "answers.jsonl").write_bytes(b"".join(whole[:kept]) + whole[kept][:40])
+    batches, answer = [], evaluate.Evaluation._answer
+    monkeypatch.setattr(
+        evaluate.Evaluation, "_answer", lambda self, batch: batches.append(batch) or answer(self, batch)
+    )
+    run(small_world / "heard", tmp_path, "--batch-size", "3")
+    assert len(batches) == 3 - kept // 3
+    for name in ("answers.jsonl", "results.json", "index.html"):
+        assert (tmp_path / name).read_bytes() == (done / name).read_bytes()
+
+    batches.clear()  # another normaliser needs no new answers
+    assert run(small_world / "heard", tmp_path, "--normalizer", "none")["normalizer"] == "none"
+    assert not batches
+
+
+def test_answers_of_another_evaluation_are_not_continued(done, small_world, capsys):
+    before = (done / "answers.jsonl").read_bytes()
+    output = ["--output", str(done)]
+    assert evaluate.main(["miniature", str(small_world / "unheard"), *output, "--num-beams", "2"]) == 1
+    said = capsys.readouterr().err
+    assert "answers of another evaluation" in said
+    assert "generation.num_beams is 1 there, 2 here" in said
+    assert "data set.hash" in said
+    assert "tasks is ['transcribe', 'fr'] there, ['transcribe'] here" in said
+    assert (done / "answers.jsonl").read_bytes() == before
+
+
+def test_damaged_answers_are_not_continued(done, small_world, tmp_path, capsys):
+    for name in ("evaluation.json", "answers.jsonl"):
+        (tmp_path / name).write_bytes((done / name).read_bytes())
+    text = (tmp_path / "answers.jsonl").read_text().splitlines(keepends=True)
+    (tmp_path / "answers.jsonl").write_text("".join([text[0], text[2]]))
+    arguments = ["miniature", str(small_world / "heard"), "--translate", "fr", "--output", str(tmp_path)]
+    assert evaluate.main(arguments) == 1
+    assert "is damaged in line 2" in capsys.readouterr().err
+
+
+def test_a_mesh_gives_the_same_answers(done, small_world, tmp_path):
+    run(small_world / "heard", tmp_path, "--batch-size", "3", "--mesh", "2", "-1", "1")
+    for name in ("answers.jsonl", "results.json"):
+        assert (tmp_path / name).read_bytes() == (done / name).read_bytes()
+
+
+def test_from_text_the_language_model_alone_is_scored(small_world, tmp_path):
+    scores = run(small_world / "heard", tmp_path, "--from-text")["scores"]["all"]["scores"]
+    assert scores["transcribe"]["wer"] < 0.05
+    assert scores["fr"]["bleu"] > 80
+
+
+def prepared(tmp_path, **waveforms):
+    texts = []
+    for name, waveform in waveforms.items():
+        soundfile.write(tmp_path / f"{name}.wav", waveform, 16_000)
+        texts.append(json.dumps({"id": name, "audio": f"{name}.wav", "text": "some words"}) + "\n")
+    (tmp_path / "m.jsonl").write_text("".join(texts))
+    arguments = ["manifest", str(tmp_path / "data"), "--manifest", str(tmp_path / "m.jsonl")]
+    assert prepare.main([*arguments, "--beam", "runner=DirectRunner"]) == 0
+    return tmp_path / "data"
+
+
+def test_what_is_longer_than_the_model_hears_at_once_is_heard_in_windows(small_world, tmp_path, capsys):
+    spoken = DataSet(small_world / "heard")
+    both = np.concatenate([spoken.waveform(0), np.zeros(16_000, np.float32), spoken.waveform(1)])
+    data = prepared(tmp_path, long=both, short=spoken.waveform(2))
+    assert evaluate.main(["miniature", str(data), "--output", str(tmp_path / "out")]) == 0
+    long, _ = lines(tmp_path / "out")
+    expected = SparQLe.from_pretrained().transcribe((both, 16_000)).text
+    assert len(expected.split()) > 5
+    assert long["transcribe"]["answer"] == expected
+
+
+def test_mistakes_in_the_command_are_said(small_world, tmp_path, capsys):
+    data = str(small_world / "heard")
+    for arguments, message in [
+        (["miniature", str(tmp_path)], "is no data set: it has no index.arrow"),
+        ([str(tmp_path), data], "is no model folder"),
+        (["miniature", data, "--translate", "it"], "has no translations into 'it'"),
+        (["miniature", data, "--batch-size", "0"], "at least 1"),
+        (["miniature", data, "--mesh", "3", "1", "1"], "needs 3 devices, but there are 8"),
+        (["miniature", data, "--num-beams", "0"], "must be at least 1"),
+    ]:
+        with pytest.raises(SystemExit):
+            evaluate.main(arguments)
+        assert message in capsys.readouterr().err

@@ -19,7 +19,7 @@ from sparqle_jax.data.dataset import CorruptRecord, DataSet
 from sparqle_jax.data.plan import Plan, choose_buckets
 from sparqle_jax.demo.__main__ import MODELS
 from sparqle_jax.sharding import make_mesh
-from sparqle_jax.transcribe import Listener
+from sparqle_jax.sparqle import SparQLe
 
 CONFIG = str(Path(__file__).parents[1] / "configs" / "tiny.py")
 SIZES = dict(
@@ -106,8 +106,8 @@ def test_the_adapter_left_is_the_one_trained(whole):
     adapter = load_file(whole / "stage2" / "adapter.safetensors")
     stage1 = load_file(whole / "stage1" / "adapter.safetensors")
     assert not np.array_equal(adapter["query_tokens"], stage1["query_tokens"])
-    listener = Listener.from_folder(whole / "stage2")
-    assert listener.model.adapter.config.num_queries == SIZES["num_queries"]
+    sparqle = SparQLe.from_pretrained(whole / "stage2")
+    assert sparqle.model.adapter.config.num_queries == SIZES["num_queries"]
 
 
 def test_stopped_and_killed_it_ends_with_the_same_numbers(whole, small_world, tmp_path, monkeypatch):
@@ -167,7 +167,13 @@ def test_a_run_goes_on_with_towers_elsewhere_but_not_with_others(whole, small_wo
     save_file(weights, llm / "model.safetensors", {"format": "pt"})
     with pytest.raises(SystemExit):
         train.main(arguments(run, small_world, f"llm={llm}"))
-    assert re.search(r"holds another run: llm is '\w+' there, '\w+' here", capsys.readouterr().err)
+    assert re.search(r"holds another run: llm.hash is '\w+' there, '\w+' here", capsys.readouterr().err)
+    shutil.copy(MODELS / "llm" / "model.safetensors", llm)
+    template = llm / "chat_template.jinja"
+    template.write_text(template.read_text() + " ")
+    with pytest.raises(SystemExit):
+        train.main(arguments(run, small_world, f"llm={llm}"))
+    assert "holds another run: llm tokenizer and template is" in capsys.readouterr().err
 
 
 def test_other_data_under_the_same_name_do_not_go_on(whole, small_world, tmp_path, capsys):

@@ -11,14 +11,11 @@ import base64
 import io
 import json
 import sys
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import jax
 import numpy as np
 import soundfile
-from flax import nnx
 
 from sparqle_jax import audio, train
 from sparqle_jax.checkpoint import CheckpointError
@@ -29,7 +26,7 @@ from sparqle_jax.demo import grammar
 from sparqle_jax.demo.page import write_page
 from sparqle_jax.demo.world import make_world
 from sparqle_jax.evaluate import evaluate, table
-from sparqle_jax.transcribe import Listener
+from sparqle_jax.sparqle import SparQLe
 
 MODELS = Path(__file__).parent / "models"
 CONFIG = Path(__file__).parents[2] / "configs" / "tiny.py"
@@ -63,7 +60,7 @@ def what_next(run: Path, data: Path) -> list[tuple[str, str]]:
         ("transcribe it, with the adapter in the package", f"{python}.transcribe say.wav"),
         ("translate it", f"{python}.transcribe say.wav --translate German"),
         ("with the adapter of this run", f"{python}.transcribe say.wav --model {run}/stage2"),
-        ("score it on voices never heard", f"{python}.evaluate {data}/unheard --model {run}/stage2"),
+        ("score it on voices never heard", f"{python}.evaluate {run}/stage2 {data}/unheard --output {run}/unheard"),
         (
             "train again, with something changed",
             f"{python}.train {run}/config.json --set run=runs/mine --set stage2.optim.lr=5e-4",
@@ -103,23 +100,15 @@ def overrides(args: argparse.Namespace, models: Path) -> list[str]:
     return changes + args.set
 
 
-def make_listening(listener: Listener) -> Callable[[np.ndarray], dict[str, Any]]:
-    """The function that says which frames each query reads, the mean of the layers, as the page takes it."""
-    graph, state = nnx.split(listener.model.adapter)
-    weights = jax.jit(lambda state, frames, mask: nnx.merge(graph, state).listening(frames, mask).mean(0)[0])
-
-    def listening(waveform: np.ndarray) -> dict[str, Any]:
-        heard = listener.encode([waveform], batch_size=1)
-        num_frames = int(heard["frames_mask"].sum())
-        values = np.asarray(weights(state, heard["frames"], heard["frames_mask"]))[:, :num_frames]
-        levels = np.round(255 * values / values.max()).astype(np.uint8)
-        return {
-            "queries": levels.shape[0],
-            "frames": levels.shape[1],
-            "weights": base64.b64encode(levels.tobytes()).decode(),
-        }
-
-    return listening
+def listening_of(sparqle: SparQLe, waveform: np.ndarray) -> dict[str, Any]:
+    """Which frames of a waveform float [S] at 16 kHz each query reads, as the page takes it."""
+    values = sparqle.listening((waveform, audio.SAMPLE_RATE))
+    levels = np.round(255 * values / values.max()).astype(np.uint8)
+    return {
+        "queries": levels.shape[0],
+        "frames": levels.shape[1],
+        "weights": base64.b64encode(levels.tobytes()).decode(),
+    }
 
 
 def utterance_card(
@@ -155,26 +144,25 @@ def report(config: Config, data: Path, models: dict[str, tuple[Path, str]]) -> N
     models: name -> (model folder, description); the first is the one that the page shows listening.
     """
     tests = {name: DataSet(data / name) for name in SETS}
-    listeners = {name: Listener.from_folder(folder) for name, (folder, _) in models.items()}
-    first = next(iter(listeners.values()))
+    loaded = {name: SparQLe.from_pretrained(folder) for name, (folder, _) in models.items()}
+    first = next(iter(loaded.values()))
     by_model: dict[str, Any] = {name: {} for name in models}
     answers = {}
     for set_name, test in tests.items():
-        for name, listener in listeners.items():
+        for name, sparqle in loaded.items():
             print(f"{name}, {SETS[set_name]}:")
-            by_model[name][set_name], answers[name, set_name] = evaluate(listener, test, LANGUAGES)
+            by_model[name][set_name], answers[name, set_name] = evaluate(sparqle, test, LANGUAGES)
     # The sets differ in their voices alone: their sentences are the same.
     from_text, _ = evaluate(first, next(iter(tests.values())), LANGUAGES, from_text=True)
     by_model["from text"] = dict.fromkeys(SETS, from_text)
     (config.run / "results.json").write_text(json.dumps(by_model, indent=1) + "\n")
 
-    listening = make_listening(first)
     cards = []
     for set_name, test in tests.items():
         for i in range(min(len(test), SHOWN)):
             utterance, waveform = test[i], test.waveform(i)
             card = utterance_card(utterance, waveform, {name: answers[name, set_name][i] for name in models})
-            cards.append(card | {"set": set_name, "listening": listening(waveform)})
+            cards.append(card | {"set": set_name, "listening": listening_of(first, waveform)})
     descriptions = {name: text for name, (_, text) in models.items()}
     descriptions["from text"] = "the LLM reads the written sentence: what it could reach at best"
     write_page(

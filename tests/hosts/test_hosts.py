@@ -60,7 +60,7 @@ def test_a_run_of_four_processes_goes_on_with_fewer(processes, runs, small_world
     run = tmp_path / "run"
     shutil.copytree(runs[4], run)
     shutil.rmtree(run / "stage2" / "checkpoints" / "4")
-    for name in ("results.json", "adapter.safetensors", "model.json"):
+    for name in ("results.json", "adapter.safetensors", "config.json"):
         (run / "stage2" / name).unlink()
     train_on(processes, run, small_world)
     assert_same_run(runs[1], run)

@@ -1,0 +1,39 @@
+"""A model folder for others: with the frozen towers in it, or the adapter alone under the published names.
+
+sparqle export runs/mine/stage2 mine --towers      # a folder that needs nothing else
+sparqle export runs/mine/stage2 mine.pt            # for the PyTorch code (needs torch)
+"""
+
+import argparse
+import sys
+from pathlib import Path
+
+from sparqle_jax import pretrained
+from sparqle_jax.sparqle import SparQLe
+from sparqle_jax.transcribe import add_tower_arguments
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser("sparqle export", description=__doc__.split("\n")[0])
+    parser.add_argument("model", type=Path, help="a model folder")
+    parser.add_argument("output", type=Path, help="a new folder, or a .pt or .safetensors file")
+    parser.add_argument(
+        "--towers", action="store_true", help="copies the encoder and the LLM into the folder"
+    )
+    add_tower_arguments(parser)
+    args = parser.parse_args(argv)
+    try:
+        if args.output.exists():
+            raise ValueError(f"{args.output} is there already: give another name, or delete it.")
+        sparqle = SparQLe.from_pretrained(args.model, encoder=args.encoder, llm=args.llm)
+        if args.output.suffix:
+            pretrained.save_published(sparqle.model, args.output)
+        else:
+            sparqle.save_pretrained(args.output, towers=args.towers)
+    except (ValueError, OSError) as error:
+        parser.error(str(error))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

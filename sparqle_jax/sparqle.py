@@ -1,0 +1,512 @@
+"""A model folder in use: recordings in, text out.
+
+    sparqle = SparQLe.from_pretrained("runs/mine/stage2")  # or without a folder: the miniature
+    sparqle.transcribe("talk.mp3")
+    sparqle.translate(["a.wav", "b.flac"], "German")
+    sparqle.generate((waveform, 44_100), "How many people speak?")
+
+A model folder holds `config.json`, which says where the frozen towers are, and `adapter.safetensors`.
+Training writes one; `sparqle import` makes one of the published checkpoint.
+"""
+
+import contextlib
+import dataclasses
+import difflib
+import functools
+import os
+import re
+import shutil
+import warnings
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import huggingface_hub
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pydantic
+from etils import epath
+from flax import nnx
+from jax.sharding import Mesh
+
+from sparqle_jax import audio, hosts, pretrained, prompts
+from sparqle_jax.compat import Compat
+from sparqle_jax.data.pipeline import TRANSCRIBE, instructions
+from sparqle_jax.generate import GenerationConfig, generate, stream
+from sparqle_jax.model import SpeechLLM
+from sparqle_jax.sharding import batch_parts, batch_sharding
+
+MINIATURE = Path(__file__).parent / "demo" / "models" / "sparqle"
+BATCH_SIZE = 32
+OVERLAPPING = 8  # words, more than there are in an overlap
+LENGTHS = 4  # waveforms are padded to one of so many lengths, and to a power of two of them
+
+# A file, or a waveform [S] or [S, channels] and its sample rate.
+Recording = str | os.PathLike | tuple[np.ndarray, int] | Mapping[str, Any]
+
+
+class Tower(pydantic.BaseModel, frozen=True, extra="forbid"):
+    """Where a frozen tower is: its folder, seen from the model's; its name on the Hugging Face hub, if it has
+    one, and its commit there."""
+
+    folder: Path
+    name: str | None = None
+    revision: str | None = None
+
+    @classmethod
+    def of(cls, folder: Path) -> "Tower":
+        """With the name and the commit that `hf download` and transformers leave in a folder."""
+        return cls(folder=folder, name=pretrained.hub_name(folder), revision=pretrained.hub_revision(folder))
+
+
+class ModelConfig(pydantic.BaseModel, frozen=True, extra="forbid"):
+    """What `config.json` of a model folder says.
+
+    max_seconds: the longest waveform that the model hears at once. max_new_tokens: of an answer to one.
+    margin: seconds of silence that are left before and after speech (see `audio.cut`).
+    dtype: of matrix products and of the towers. compat, system: see `Prompter`. generation: settings of
+    `GenerationConfig` that are not its defaults.
+    """
+
+    encoder: Tower
+    llm: Tower
+    max_seconds: float
+    max_new_tokens: int
+    margin: float = 0.25
+    dtype: Literal["float32", "bfloat16"]
+    compat: Compat = None
+    system: str | None = None
+    generation: dict[str, Any] = {}
+
+
+@dataclasses.dataclass(frozen=True)
+class Piece:
+    """What is said from start to end, in seconds."""
+
+    start: float
+    end: float
+    text: str
+
+
+@dataclasses.dataclass(frozen=True)
+class Transcript:
+    """The answer to a recording, in pieces where it is longer than the model hears at once."""
+
+    pieces: tuple[Piece, ...]
+
+    @property
+    def text(self) -> str:
+        return " ".join(piece.text for piece in self.pieces if piece.text)
+
+    def __str__(self) -> str:
+        return self.text
+
+
+class SparQLe:
+    """A model with all that it needs to answer: its prompts, and how its encoder wants waveforms.
+
+    mesh: over which its parameters lie, if over any: batches are split over it as well.
+    """
+
+    def __init__(
+        self,
+        model: SpeechLLM,
+        prompter: prompts.Prompter,
+        extractor: audio.FeatureExtractor,
+        config: ModelConfig,
+        mesh: Mesh | None = None,
+    ):
+        self.model, self.prompter, self.extractor, self.config = model, prompter, extractor, config
+        self.mesh = mesh
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        folder: str | os.PathLike = MINIATURE,
+        *,
+        encoder: str | os.PathLike | None = None,
+        llm: str | os.PathLike | None = None,
+        mesh: Mesh | None = None,
+    ) -> "SparQLe":
+        """A model folder; its towers from where it says, from the Hugging Face hub, or from folders here.
+
+        Raises FileNotFoundError for what is no model folder, ValueError for one that is not right.
+        """
+        folder = Path(folder)
+        if not (folder / "config.json").is_file():
+            raise FileNotFoundError(
+                f"{folder} is no model folder: it has no config.json. Give the folder of a stage 2 that "
+                "training has finished, such as runs/tiny/stage2."
+            )
+        try:
+            config = ModelConfig.model_validate_json((folder / "config.json").read_text())
+        except pydantic.ValidationError as error:
+            raise ValueError(f"{folder / 'config.json'} is not a model's: {error}") from error
+        towers = {
+            "encoder": _find(folder, "encoder", config.encoder, encoder),
+            "llm": _find(folder, "llm", config.llm, llm),
+        }
+        config = config.model_copy(update=towers)
+        options: dict[str, Any] = dict(dtype=jnp.dtype(config.dtype), mesh=mesh)
+        model = pretrained.load_sparqle(
+            folder / "adapter.safetensors",
+            pretrained.load_hubert(config.encoder.folder, **options),
+            pretrained.load_decoder(config.llm.folder, **options),
+            compat=config.compat,
+            **options,
+        )
+        return cls.of(model, config, mesh)
+
+    @classmethod
+    def of(cls, model: SpeechLLM, config: ModelConfig, mesh: Mesh | None = None) -> "SparQLe":
+        """A model that is loaded, with the prompts and the preprocessing of its towers' folders."""
+        prompter = prompts.Prompter.from_folder(
+            config.llm.folder, model.llm.config.vocab_size, compat=config.compat, system=config.system
+        )
+        extractor = audio.FeatureExtractor.from_folder(config.encoder.folder, config.compat)
+        return cls(model, prompter, extractor, config, mesh)
+
+    def save_pretrained(self, folder: str | os.PathLike, *, towers: bool = False) -> None:
+        """Writes a model folder; with its towers in it, if so wanted. Of several hosts, which call this
+        together, the first writes."""
+        folder = epath.Path(folder)
+        folder.mkdir(parents=True, exist_ok=True)
+        pretrained.save_published(self.model, folder / "adapter.safetensors")
+        if not hosts.is_first():
+            return
+        places = {}
+        for name in ("encoder", "llm"):
+            tower: Tower = getattr(self.config, name)
+            place = tower.folder.resolve()
+            if towers:
+                shutil.copytree(place, folder / name, dirs_exist_ok=True)
+                place = Path(name)
+            elif "://" not in str(folder):
+                place = Path(os.path.relpath(place, folder.resolve()))
+            places[name] = tower.model_copy(update={"folder": place})
+        (folder / "config.json").write_text(
+            self.config.model_copy(update=places).model_dump_json(indent=2, exclude_defaults=True) + "\n"
+        )
+
+    # --- What users call ---------------------------------------------------------------------------------
+
+    def transcribe(self, recordings: Recording | Sequence[Recording], **options) -> Any:
+        """What is said: a Transcript, or for a list a list of them. Options are those of `listen`.
+
+        Raises ValueError and FileNotFoundError for the first that can't be heard, naming it.
+        """
+        return self._all(recordings, instructions(TRANSCRIBE)[0], options)
+
+    def translate(self, recordings: Recording | Sequence[Recording], language: str, **options) -> Any:
+        """The same in another language, given as its name or code: "German", "de"."""
+        return self._all(recordings, instructions(language)[0], options)
+
+    def generate(self, recordings: Recording | Sequence[Recording], prompt: str, **options) -> Any:
+        """The answers to a prompt of your own, in which `<SpeechHere>` stands for the speech; or else it
+        comes first."""
+        return self._all(recordings, with_speech(prompt), options)
+
+    def listen(
+        self,
+        recordings: Iterable[Recording],
+        instruction: str,
+        *,
+        batch_size: int = BATCH_SIZE,
+        heard: Callable[[float], None] = lambda seconds: None,
+        **settings,
+    ) -> Iterator[Transcript | Exception]:
+        """For each recording in its order, as they become ready: its Transcript, or why it can't be heard.
+
+        Long recordings are read and answered a window at a time, and never held as a whole; windows of one
+        batch may be of several recordings. heard: is told how many seconds more are done. settings: of
+        `GenerationConfig`. Raises ValueError for settings that are not valid.
+        """
+        config = self.generation_config(**settings)
+        if self.config.compat == "published":
+            batch_size = 1  # whose mask is inverted
+        waiting: deque[_Listening] = deque()
+        batch: list[tuple[_Listening, audio.Window]] = []
+
+        def answer() -> None:
+            waveforms = [window.waveform for _, window in batch]
+            texts = self.answer(self.encode(waveforms), len(batch), instruction, config)
+            for (listening, window), text in zip(batch, texts, strict=True):
+                listening.add(window, text)
+            heard(sum(map(len, waveforms)) / audio.SAMPLE_RATE)
+            batch.clear()
+
+        for recording in recordings:
+            waiting.append(listening := _Listening())
+            try:
+                for window in self._windows(recording):
+                    listening.open += 1
+                    batch.append((listening, window))
+                    if len(batch) == batch_size:
+                        answer()
+            except (audio.UnusableAudio, FileNotFoundError, PermissionError) as error:
+                listening.error = error
+            listening.whole = True
+            while waiting and waiting[0].ready:
+                yield waiting.popleft().result()
+        if batch:
+            answer()
+        for listening in waiting:
+            yield listening.result()
+
+    def stream(self, recording: Recording, instruction: str, **settings) -> Iterator[str]:
+        """The text so far, as it grows."""
+        config = self.generation_config(**settings)
+        whole = _Listening()
+        for window in self._windows(recording):
+            whole.open += 1
+            frames = self.encode([window.waveform])
+            text = ""
+            with self._on_mesh():
+                for rows in stream(self.model, self._asked(instruction, frames), config):
+                    text = self.prompter.decode(hosts.whole(rows)[0])
+                    yield " ".join(filter(None, [Transcript(tuple(whole.pieces)).text, text]))
+            whole.add(window, text)
+        yield whole.result().text
+
+    # --- What those, and training and evaluation, are made of ----------------------------------------------
+
+    def generation_config(self, **settings) -> GenerationConfig:
+        """The model's own settings, and these in place of some. Raises ValueError for what is not valid."""
+        names = {field.name for field in dataclasses.fields(GenerationConfig)}
+        if unknown := sorted(settings.keys() - names):
+            raise ValueError(f"{', '.join(unknown)}: no settings of generation; there are {sorted(names)}.")
+        end = self.prompter.end_id
+        ours = dict(max_new_tokens=self.config.max_new_tokens, eos_token_ids=(end,), pad_token_id=end)
+        given = {name: value for name, value in settings.items() if value is not None}
+        return GenerationConfig(**{**ours, **self.config.generation, **given})
+
+    def check(self, waveform: np.ndarray) -> None:
+        """Raises UnusableAudio, saying what is the matter, for a waveform float [S] in which no speech can be
+        heard, or more than at once."""
+        audio.check(waveform, min_samples=self._min_samples, max_samples=self._max_samples)
+
+    def encode(self, waveforms: Sequence[np.ndarray]) -> dict[str, jax.Array]:
+        """frames [B, T, D] and frames_mask bool [B, T] of waveforms float [S] at 16 kHz that pass `check`.
+
+        So that few programs are compiled, B is a power of two, and T one of LENGTHS.
+        """
+        longest = max(map(len, waveforms))
+        rows = _up(len(waveforms), 1 if self.mesh is None else batch_parts(self.mesh))
+        length = next(n for n in self._lengths if n >= longest)
+        if self.config.compat == "published":  # which hears padding as well
+            length = longest
+        some = [self.extractor(waveform) for waveform in waveforms]
+        waveform, mask = audio.pad([*some, *some[:1] * (rows - len(some))], length)
+        with self._on_mesh():
+            frames, frames_mask = _encode(
+                *nnx.split(self.model.encoder), *self._split((waveform, mask)), self.config.compat
+            )
+        return {"frames": frames, "frames_mask": frames_mask}
+
+    def answer(
+        self, frames: dict[str, jax.Array], num: int, instruction: str, config: GenerationConfig
+    ) -> list[str]:
+        """The answers to the first `num` rows of what `encode` has given.
+
+        Warns of answers that are cut because they have `max_new_tokens` tokens and no end.
+        """
+        return self._generate(self._asked(instruction, frames), num, config)
+
+    def answer_text(self, texts: Sequence[str], instruction: str, config: GenerationConfig) -> list[str]:
+        """The LLM's own answers to the same instructions with the written text in place of the speech."""
+        # The text is tokenised apart from what is around it, as the speech stands apart.
+        before, after = self.prompter.prompt(instruction)
+        asked = [(before + self.prompter.answer(text)[:-1], after) for text in texts]
+        rows = _up(len(asked), 1 if self.mesh is None else batch_parts(self.mesh))
+        batch = self._prompts([*asked, *asked[:1] * (rows - len(asked))])
+        return self._generate(batch, len(asked), config)
+
+    def listening(self, recording: Recording) -> np.ndarray:
+        """Which frames of a recording, no longer than is heard at once, the queries attend to.
+
+        float32 [Q, T], the mean of the cross-attentions; each query's weights have the sum 1.
+        """
+        (window, *more) = self._windows(recording)
+        if more:
+            raise ValueError(f"only {self.config.max_seconds:g} s can be shown at once.")
+        heard = self.encode([window.waveform])
+        weights = _listening(*nnx.split(self.model.adapter), heard["frames"], heard["frames_mask"])
+        return np.asarray(weights)[:, : int(heard["frames_mask"][0].sum())]
+
+    # --- Inside ------------------------------------------------------------------------------------------
+
+    @property
+    def _min_samples(self) -> int:
+        return self.model.encoder.config.min_samples
+
+    @property
+    def _max_samples(self) -> int:
+        return round(self.config.max_seconds * audio.SAMPLE_RATE)
+
+    @property
+    def _lengths(self) -> list[int]:
+        return [-(-self._max_samples * (i + 1) // LENGTHS) for i in range(LENGTHS)]
+
+    def _all(self, recordings: Any, instruction: str, options: dict[str, Any]) -> Any:
+        if not isinstance(recordings, list):
+            return self._all([recordings], instruction, options)[0]
+        results = list(self.listen(recordings, instruction, **options))
+        for i, result in enumerate(results):
+            if isinstance(result, audio.UnusableAudio):
+                raise ValueError(f"recording {i}: {result}") from result
+            if isinstance(result, Exception):
+                raise result
+        return results
+
+    def _windows(self, recording: Recording) -> Iterator[audio.Window]:
+        yield from audio.cut(
+            _blocks(recording),
+            self._max_samples,
+            margin=self.config.margin,
+            min_samples=self._min_samples,
+        )
+
+    def _asked(self, instruction: str, frames: dict[str, jax.Array]) -> dict[str, Any]:
+        asked = self.prompter.prompt(instruction)
+        return self._prompts([asked] * len(frames["frames"])) | frames
+
+    def _prompts(self, asked: list[tuple[list[int], list[int]]]) -> dict[str, Any]:
+        # To multiples of 16 tokens, so that instructions of about the same length share a program.
+        before, after = (-(-max(len(pair[i]) for pair in asked) // 16) * 16 for i in range(2))
+        vocab_size = self.model.llm.config.vocab_size
+        batch = prompts.collate(asked, vocab_size=vocab_size, before_length=before, after_length=after)
+        return self._split(batch)
+
+    def _generate(self, batch: dict[str, Any], num: int, config: GenerationConfig) -> list[str]:
+        with self._on_mesh():
+            rows = hosts.whole(generate(self.model, batch, config))[:num]
+        if cut := int((~np.isin(rows, config.eos_token_ids)).all(1).sum()):
+            warnings.warn(
+                f"{cut} of {num} answers have no end within max_new_tokens={config.max_new_tokens} tokens: "
+                "they are cut there.",
+                stacklevel=3,
+            )
+        return [self.prompter.decode(row) for row in rows]
+
+    def _on_mesh(self) -> contextlib.AbstractContextManager:
+        return contextlib.nullcontext() if self.mesh is None else jax.set_mesh(self.mesh)
+
+    def _split(self, batch: Any) -> Any:
+        """Host arrays that all hosts have whole, split over the devices of the mesh."""
+        if self.mesh is None:
+            return batch
+        where = batch_sharding(self.mesh)
+        return jax.tree.map(
+            lambda x: jax.make_array_from_callback(x.shape, where, lambda index: x[index]), batch
+        )
+
+
+@dataclasses.dataclass
+class _Listening:
+    """A recording while it is heard. open: its windows that are not answered yet; whole: it has no more."""
+
+    pieces: list[Piece] = dataclasses.field(default_factory=list)
+    open: int = 0
+    whole: bool = False
+    error: Exception | None = None
+
+    @property
+    def ready(self) -> bool:
+        return self.whole and not self.open
+
+    def add(self, window: audio.Window, text: str) -> None:
+        """The answer to the next window."""
+        self.open -= 1
+        start = window.start / audio.SAMPLE_RATE
+        end = start + len(window.waveform) / audio.SAMPLE_RATE
+        if window.overlaps and self.pieces:
+            before = self.pieces[-1]
+            former, text = join(before.text, text)
+            self.pieces[-1] = dataclasses.replace(before, text=former)
+            start = min(before.end, end)
+        self.pieces.append(Piece(round(start, 3), round(end, 3), text))
+
+    def result(self) -> Transcript | Exception:
+        return Transcript(tuple(self.pieces)) if self.error is None else self.error
+
+
+def join(before: str, after: str) -> tuple[str, str]:
+    """Two texts of which the second begins with what the first ends with, without what is there twice.
+
+    Looks for the longest run of words that both have, near the end of one and the start of the other; a word
+    that the cut has spoiled stands between it and the edge. Without one, both stay whole.
+    """
+    first, second = before.split(), after.split()
+    tail, head = (list(map(_plain, words)) for words in (first[-OVERLAPPING:], second[:OVERLAPPING]))
+    match = difflib.SequenceMatcher(None, tail, head, autojunk=False).find_longest_match()
+    if not match.size or match.b > 2 or match.a + match.size < len(tail) - 2:
+        return before, after
+    kept = len(first) - len(tail) + match.a + match.size
+    return " ".join(first[:kept]), " ".join(second[match.b + match.size :])
+
+
+def _plain(word: str) -> str:
+    return re.sub(r"\W", "", word).lower() or word
+
+
+def with_speech(prompt: str) -> str:
+    """A prompt with a place for the speech: at its start, when it has none."""
+    return prompt if prompts.SPEECH in prompt else f"<Speech>{prompts.SPEECH}</Speech> {prompt}"
+
+
+def _blocks(recording: Recording) -> Iterator[np.ndarray]:
+    """A recording as float32 [S] at 16 kHz, block by block. Raises UnusableAudio for what is none."""
+    if isinstance(recording, str | os.PathLike):
+        return audio.read_blocks(recording)
+    if isinstance(recording, Mapping) and {"array", "sampling_rate"} <= recording.keys():
+        recording = (recording["array"], recording["sampling_rate"])  # as in Hugging Face's data sets
+    if not (isinstance(recording, tuple) and len(recording) == 2):
+        raise audio.UnusableAudio(
+            "unreadable",
+            f"a {type(recording).__name__} is no recording: give a file, or (waveform, sample rate).",
+        )
+    waveform, rate = np.asarray(recording[0]), int(recording[1])
+    if waveform.ndim == 1:
+        waveform = waveform[:, None]
+    if waveform.ndim != 2 or waveform.shape[1] > 64 or rate < 1:
+        raise audio.UnusableAudio(
+            "unreadable",
+            f"a waveform of shape {np.shape(recording[0])} at {rate} Hz: give [S] or [S, channels], and its "
+            "rate.",
+        )
+    if np.issubdtype(waveform.dtype, np.integer):
+        waveform = waveform / -float(np.iinfo(waveform.dtype).min)
+    return iter([audio.resample(waveform.astype(np.float32), rate)])
+
+
+def _up(rows: int, parts: int) -> int:
+    """At least so many rows: `parts` times a power of two."""
+    return parts * 2 ** max(0, (-(-rows // parts) - 1).bit_length())
+
+
+def _find(folder: Path, what: str, tower: Tower, instead: str | os.PathLike | None) -> Tower:
+    """The tower of a model folder, with the folder in which it is here."""
+    if instead is not None:
+        return Tower.of(Path(instead))
+    there = folder / tower.folder
+    if there.is_dir():
+        return tower.model_copy(update={"folder": there})
+    if tower.name is None:
+        raise FileNotFoundError(
+            f"the {what} of {folder} is not at {there}, and its name on the Hugging Face hub is not known: "
+            f"give its folder, with --{what} FOLDER, or in Python {what}=."
+        )
+    downloaded = huggingface_hub.snapshot_download(tower.name, revision=tower.revision)
+    return tower.model_copy(update={"folder": Path(downloaded)})
+
+
+@functools.partial(jax.jit, static_argnums=(0, 4))
+def _encode(graph: nnx.GraphDef, state: nnx.State, waveform: jax.Array, mask: jax.Array, compat: Compat):
+    return nnx.merge(graph, state)(waveform, mask, compat=compat)
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _listening(graph: nnx.GraphDef, state: nnx.State, frames: jax.Array, mask: jax.Array) -> jax.Array:
+    return nnx.merge(graph, state).listening(frames, mask).mean(0)[0]
