@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 export TRANSFORMERS_NO_ADVISORY_WARNINGS ?= 1
 export JAX_COMPILATION_CACHE_DIR ?= $(CURDIR)/.cache/jax
 
-.PHONY: help setup demo demo-from-scratch test test-hosts test-faults parity fullsize bench-data lint format clean
+.PHONY: help setup demo demo-from-scratch test test-hosts test-faults test-browser parity fullsize bench-data lint format clean
 
 help:  ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/' | expand -t 20
@@ -44,6 +44,13 @@ test-hosts: $(VENV)/.ready  ## several processes that train together, as the hos
 KILLS ?= 20
 test-faults: $(VENV)/.ready  ## a run of two processes, killed KILLS times (20), must end as if it never was
 	$(BIN)/python -m tests.hosts.faults --kills $(KILLS)
+
+$(VENV)/.ready-browser: $(VENV)/.ready
+	$(BIN)/pip install --quiet --disable-pip-version-check --editable '.[test,browser]'
+	touch $@
+
+test-browser: $(VENV)/.ready-browser  ## the web demo in a headless Chromium (on Debian: apt-get install chromium)
+	$(BIN)/pytest tests/browser
 
 parity: $(VENV)/.ready-parity  ## the same numbers as PyTorch
 	$(BIN)/pytest tests/parity

@@ -25,6 +25,7 @@ from sparqle_jax.compat import Compat, check_compat
 SAMPLE_RATE = 16_000
 CUT_TOLERANCE = 0.15  # seconds by which the headers of mp3 files may be wrong
 BLOCK = 10.0  # seconds that are read at a time
+LARGEST = 2 << 30  # bytes of wav that ffmpeg may make of a file: small ones may be hours long
 
 SILENCE = 1e-4  # -80 dB: no recording of speech is so quiet
 
@@ -98,6 +99,11 @@ class Window:
     start: int
     waveform: np.ndarray
     overlaps: bool = False
+
+    @property
+    def seconds(self) -> tuple[float, float]:
+        """From when to when."""
+        return self.start / SAMPLE_RATE, (self.start + len(self.waveform)) / SAMPLE_RATE
 
 
 def cut(
@@ -251,11 +257,14 @@ def _converted(file: str) -> Iterator[str]:
     with tempfile.TemporaryDirectory() as folder:
         wav = os.path.join(folder, "converted.wav")
         kind = FFMPEG[Path(file).suffix.lower()]
-        command = ["ffmpeg", "-nostdin", "-v", "error", "-f", kind, "-i", f"file:{file}", "-vn", wav]
+        command = ["ffmpeg", "-nostdin", "-v", "error", "-f", kind, "-i", f"file:{file}", "-vn"]
+        command += ["-fs", str(LARGEST), wav]
         done = subprocess.run(command, capture_output=True, text=True)
         if done.returncode:
             reason = (done.stderr.strip().splitlines() or ["no reason is given"])[-1]
             raise UnusableAudio("unreadable", f"{file} can't be read by ffmpeg: {reason}")
+        if os.path.getsize(wav) > LARGEST - (1 << 20):  # ffmpeg stops a little before, and says nothing
+            raise UnusableAudio("too long", f"{file} has more than {LARGEST >> 30} GiB of audio: cut it.")
         yield wav
 
 

@@ -240,7 +240,7 @@ class SparQLe:
         for recording in recordings:
             waiting.append(listening := _Listening())
             try:
-                for window in self._windows(recording):
+                for window in self.windows(recording):
                     listening.open += 1
                     batch.append((listening, window))
                     if len(batch) == batch_size:
@@ -255,20 +255,28 @@ class SparQLe:
         for listening in waiting:
             yield listening.result()
 
-    def stream(self, recording: Recording, instruction: str, **settings) -> Iterator[str]:
-        """The text so far, as it grows."""
+    def stream(self, recording: Recording, instruction: str, **settings) -> Iterator[Transcript]:
+        """The answer so far, as it grows. Raises as `transcribe` does."""
         config = self.generation_config(**settings)
         whole = _Listening()
-        for window in self._windows(recording):
+        for window in self.windows(recording):
             whole.open += 1
             frames = self.encode([window.waveform])
-            text = ""
             with self._on_mesh():
                 for rows in stream(self.model, self._asked(instruction, frames), config):
                     text = self.prompter.decode(hosts.whole(rows)[0])
-                    yield " ".join(filter(None, [Transcript(tuple(whole.pieces)).text, text]))
+                    yield Transcript((*whole.pieces, Piece(*window.seconds, text)))
             whole.add(window, text)
-        yield whole.result().text
+        yield whole.transcript()
+
+    def windows(self, recording: Recording) -> Iterator[audio.Window]:
+        """The parts of a recording that are answered at once. Raises UnusableAudio and FileNotFoundError."""
+        yield from audio.cut(
+            _blocks(recording),
+            self._max_samples,
+            margin=self.config.margin,
+            min_samples=self._min_samples,
+        )
 
     # --- What those, and training and evaluation, are made of ----------------------------------------------
 
@@ -328,7 +336,7 @@ class SparQLe:
 
         float32 [Q, T], the mean of the cross-attentions; each query's weights have the sum 1.
         """
-        (window, *more) = self._windows(recording)
+        (window, *more) = self.windows(recording)
         if more:
             raise ValueError(f"only {self.config.max_seconds:g} s can be shown at once.")
         heard = self.encode([window.waveform])
@@ -359,14 +367,6 @@ class SparQLe:
             if isinstance(result, Exception):
                 raise result
         return results
-
-    def _windows(self, recording: Recording) -> Iterator[audio.Window]:
-        yield from audio.cut(
-            _blocks(recording),
-            self._max_samples,
-            margin=self.config.margin,
-            min_samples=self._min_samples,
-        )
 
     def _asked(self, instruction: str, frames: dict[str, jax.Array]) -> dict[str, Any]:
         asked = self.prompter.prompt(instruction)
@@ -419,8 +419,7 @@ class _Listening:
     def add(self, window: audio.Window, text: str) -> None:
         """The answer to the next window."""
         self.open -= 1
-        start = window.start / audio.SAMPLE_RATE
-        end = start + len(window.waveform) / audio.SAMPLE_RATE
+        start, end = window.seconds
         if window.overlaps and self.pieces:
             before = self.pieces[-1]
             former, text = join(before.text, text)
@@ -428,8 +427,11 @@ class _Listening:
             start = min(before.end, end)
         self.pieces.append(Piece(round(start, 3), round(end, 3), text))
 
+    def transcript(self) -> Transcript:
+        return Transcript(tuple(self.pieces))
+
     def result(self) -> Transcript | Exception:
-        return Transcript(tuple(self.pieces)) if self.error is None else self.error
+        return self.transcript() if self.error is None else self.error
 
 
 def join(before: str, after: str) -> tuple[str, str]:

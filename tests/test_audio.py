@@ -220,7 +220,7 @@ def test_other_formats_are_read_by_ffmpeg_where_it_is(tmp_path, monkeypatch):
     (tmp_path / "plain.wav").rename(tmp_path / "talk.m4a")
     (tmp_path / "bin").mkdir()
     program = tmp_path / "bin" / "ffmpeg"
-    program.write_text('#!/bin/sh\necho "$@" > "$(dirname "$0")/called"\ncp "${7#file:}" "$9"\n')
+    program.write_text('#!/bin/sh\necho "$@" > "$(dirname "$0")/called"\ncp "${7#file:}" "${11}"\n')
     program.chmod(0o755)
     monkeypatch.setenv("PATH", f"{tmp_path / 'bin'}:/usr/bin:/bin")
     np.testing.assert_allclose(audio.read(tmp_path / "talk.m4a"), noise(1), atol=1e-4)

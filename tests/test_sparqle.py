@@ -99,7 +99,7 @@ def test_a_mesh_of_eight_devices_gives_the_same(sparqle, waveforms, alone):
 
 
 def test_text_comes_as_it_grows(sparqle, waveforms, alone):
-    texts = list(sparqle.stream((waveforms[0], RATE), INSTRUCTION))
+    texts = [transcript.text for transcript in sparqle.stream((waveforms[0], RATE), INSTRUCTION)]
     assert texts[-1] == alone[0]
     assert len(texts) > 2
     assert all(after.startswith(before) for before, after in itertools.pairwise(texts))

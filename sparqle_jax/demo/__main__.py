@@ -60,7 +60,10 @@ def what_next(run: Path, data: Path) -> list[tuple[str, str]]:
         ("transcribe it, with the adapter in the package", f"{python}.transcribe say.wav"),
         ("translate it", f"{python}.transcribe say.wav --translate German"),
         ("with the adapter of this run", f"{python}.transcribe say.wav --model {run}/stage2"),
-        ("score it on voices never heard", f"{python}.evaluate {run}/stage2 {data}/unheard --output {run}/unheard"),
+        (
+            "score it on voices never heard",
+            f"{python}.evaluate {run}/stage2 {data}/unheard --output {run}/unheard",
+        ),
         (
             "train again, with something changed",
             f"{python}.train {run}/config.json --set run=runs/mine --set stage2.optim.lr=5e-4",
