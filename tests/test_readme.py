@@ -12,6 +12,7 @@ from safetensors.numpy import load_file, save_file
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
+from sparqle_jax.demo import say
 from tests.conftest import part_of
 
 ROOT = Path(__file__).parents[1]
@@ -60,15 +61,27 @@ def run(block: str, **sizes: str) -> dict:
     return names
 
 
+def test_a_model_in_use(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    say.main(["the train to vienna leaves at seven thirty five"])
+    capsys.readouterr()
+    run(BLOCKS[0])
+    heard, german, french, pieces = capsys.readouterr().out.splitlines()
+    assert heard == "the train to vienna leaves at seven thirty five"
+    assert german == " ".join(["der zug nach wien fährt um sieben uhr fünfunddreißig"] * 2)
+    assert french == "le train pour vienne part à sept heures trente-cinq"
+    assert re.fullmatch(r"0\.0 to 2\.\d s: the train to vienna leaves at seven thirty five", pieces)
+
+
 def test_a_first_look(monkeypatch, capsys):
     monkeypatch.chdir(ROOT)
-    run(BLOCKS[0])
+    run(BLOCKS[1])
     tokens = re.findall(r"\d+", capsys.readouterr().out)
     assert len(tokens) == 10
 
 
 def test_a_training_step(folders):
-    names = run(BLOCKS[2], _1024="48", _768="32")
+    names = run(BLOCKS[3], _1024="48", _768="32")
     before = jax.tree.leaves(names["partition"](names["aligner"])[1])
     changed = [
         not np.array_equal(a, b) for a, b in zip(before, jax.tree.leaves(names["trained"]), strict=True)

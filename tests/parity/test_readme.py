@@ -17,7 +17,7 @@ def test_published_weights(folders, tiny, sparqle, capsys):  # noqa: F811
     LlamaForCausalLM(LlamaConfig(**{**tiny.config["llm"], **sizes})).save_pretrained(llama)
     tokenizer(LLAMA3).save_pretrained(llama)
     (folders / "system_prompt.txt").write_text("Be brief.")
-    names = run(BLOCKS[1])
+    names = run(BLOCKS[2])
     before = names["prompter"].tokenizer.decode(names["ask"][0]).replace(" ", "")
     assert before.startswith("<bos><bos><|start_header_id|>system")
     assert capsys.readouterr().out.endswith("\n")
