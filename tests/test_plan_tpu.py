@@ -209,6 +209,23 @@ def argument_bytes(text: str) -> tuple[int, int]:
     return values, padded
 
 
+def test_stage_1_has_the_llm_beside_it_that_training_has_loaded(planned):
+    """All its matrices have a dimension that is split over fsdp=4; its norms are whole."""
+    stage1, stage2 = steps_of(planned("v5e-4").report)
+    matrices = 2 * 136 * 128 + 2 * 7 * 128 * 128
+    assert stage1.beside == 2 * (matrices // 4 + (2 * 2 + 1) * 128)
+    assert stage2.beside == 0
+    assert "the LLM of stage 2 0.00 GiB: at most" in describe(stage1)
+
+
+def test_a_step_fits_only_with_what_is_beside_it(config, monkeypatch):
+    planner = make_planner(config, "v5e-4")
+    monkeypatch.setattr(planner, "_beside", lambda stage, mesh: 16 * GIB)
+    step = planner.plan("stage1", planner.buckets["stage1"][0], planner.mesh)
+    assert not step.fits
+    assert "not beside the LLM of stage 2, which training has loaded: together 16.0" in step.error
+
+
 @pytest.mark.parametrize("slice_", RUNS)
 def test_times_are_bytes_and_operations_by_the_published_figures(slice_, planned):
     made, chip = planned(slice_), chip_named(slice_)
@@ -519,6 +536,14 @@ class TestLargestBatch:
         text = capsys.readouterr().out
         assert "stage1: 1568 recordings of up to 1.00 s" in text
         assert "stage2: 1568 recordings of up to 1.00 s" in text
+
+
+def test_a_batch_size_in_place_of_the_configurations(config, memory):
+    made = memory(lambda bucket, mesh: GIB)
+    assert plan_tpu.main([config, "--topology", "v5e-4", "--batch", "48", "--set", "data.buckets=2"]) == 0
+    assert [(step.stage, step.seconds, step.batch_size) for step in made] == [
+        (stage, seconds, size) for stage in ("stage1", "stage2") for seconds, size in ((1.0, 48), (0.5, 96))
+    ]
 
 
 def test_the_nearest_is_looked_for_once_in_a_stage(config, memory, capsys):
