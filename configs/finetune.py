@@ -1,9 +1,12 @@
-"""A model that is trained already, fine-tuned on recordings of your own; here the miniature, on one device.
+"""A trained model, fine-tuned on minutes of recordings of your own, by stage 2 alone.
 
-    python -m sparqle_jax.train configs/finetune.py --set data.train=FOLDER --set run=runs/mine
+    python -m sparqle_jax.data.prepare manifest data/mine --manifest mine.jsonl --max-seconds 3
+    python -m sparqle_jax.train configs/finetune.py --set data.train=data/mine --set run=runs/mine
 
-For another model, set adapter.start to its adapter.safetensors, encoder, llm, dtype and data.max_seconds to what
-its config.json says. Minutes of speech need hundreds of steps; `data.test` shows when it is too many.
+Here it is the miniature, which hears 3 s at once. For another model set adapter.start to its
+adapter.safetensors, and encoder, llm, dtype and data.max_seconds to what its config.json says. Fewer
+recordings than stage2.batch_size are an error: make it smaller. With hundreds of them, keep some for
+data.test: stage2.test_every=100 shows when it is too many steps. launch/colab_finetune.ipynb does all this.
 """
 
 from pathlib import Path
@@ -19,13 +22,19 @@ def get_config() -> Config:
         run=Path("runs/finetune"),
         encoder=MODELS / "hubert",
         llm=MODELS / "llm",
-        data=DataConfig(train="data/mine", max_seconds=3.0, buckets=1, batch_multiple=1),
+        data=DataConfig(
+            train="data/mine",
+            max_seconds=3.0,
+            buckets=1,  # each would be compiled, and the recordings are short
+            frames=Path("data/frames"),  # the encoder hears each recording once
+        ),
         adapter=AdapterConfig(start=MINIATURE / "adapter.safetensors"),
         stage2=Stage2Config(
             steps=200,
             batch_size=10,
-            optim=OptimConfig(lr=3e-4, warmup_steps=20, weight_decay=0.01),
+            optim=OptimConfig(lr=1e-3, warmup_steps=20, weight_decay=0.01),
             save_every=100,
         ),
         max_new_tokens=64,
+        margin=0.015,
     )

@@ -191,7 +191,8 @@ class Config(Model):
     that is None is left out.
 
     test_languages: into which to translate when evaluating; the adapter need not have been trained for them.
-    max_new_tokens: of an answer, when evaluating and in the model folder that stage 2 leaves.
+    max_new_tokens: of an answer, when evaluating and in the model folder that stage 2 leaves. margin: seconds
+    of silence that this model gets before and after speech: as many as in the recordings it learns from.
     """
 
     run: Folder
@@ -204,6 +205,7 @@ class Config(Model):
     stage2: Stage2Config | None = None
     test_languages: tuple[str, ...] = ()
     max_new_tokens: Positive = 256
+    margin: Annotated[float, pydantic.Field(ge=0)] = 0.25
     dtype: Literal["float32", "bfloat16"] = "float32"  # of matrix products and of the frozen towers
     seed: Annotated[int, pydantic.Field(ge=0)] = 0
 

@@ -77,7 +77,7 @@ from sparqle_jax.sparqle import ModelConfig, SparQLe, Tower
 IDENTITY = "identity.json"  # in the run's folder: what must be the same when it goes on
 # Keys of the configuration that may be others when a run goes on; of folders, their contents are compared.
 FREE = (
-    r"run|mesh\..*|encoder|llm|adapter\.(start|tokenizer)|data\.workers|data\.frames|data\.test\..*"
+    r"run|margin|mesh\..*|encoder|llm|adapter\.(start|tokenizer)|data\.workers|data\.frames|data\.test\..*"
     r"|data\.train\..*\.folder|stage\d\.(save_every|keep|log_every)"
 )
 HOST_FAILED = 1000  # a "signal", larger than all, by which a host tells the others that it can't go on
@@ -714,6 +714,7 @@ class Run:
             llm=Tower.of(config.llm),
             max_seconds=config.data.max_seconds,
             max_new_tokens=config.max_new_tokens,
+            margin=config.margin,
             dtype=config.dtype,
         )
         sparqle = SparQLe(self.model, self.prompter, self.extractor, settings, self.mesh)

@@ -47,9 +47,8 @@ def ship_model(stage: Path, name: str) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     to_float16(stage / "adapter.safetensors", folder / "adapter.safetensors")
     settings = json.loads((stage / "config.json").read_text())
-    # The synthesiser's sentences begin and end without silence, and the miniature has heard no others.
-    ours = {"encoder": {"folder": "../hubert"}, "llm": {"folder": "../llm"}, "margin": 0.015}
-    (folder / "config.json").write_text(json.dumps(settings | ours, indent=2) + "\n")
+    towers = {"encoder": {"folder": "../hubert"}, "llm": {"folder": "../llm"}}
+    (folder / "config.json").write_text(json.dumps(settings | towers, indent=2) + "\n")
     lines = (stage / "metrics.jsonl").read_text().splitlines()
     kept = lines[:: max(1, len(lines) // CURVE_POINTS)]
     (folder / "metrics.jsonl").write_text("".join(line + "\n" for line in kept))
