@@ -167,14 +167,15 @@ def _place_to_cut(seen: np.ndarray, max_samples: int, margin: int, *, last: bool
         return 0, size if last and pauses[0][1] == size else pauses[0][1] - margin
     for begin, end in pauses:
         if begin and end - begin >= LONG_PAUSE * SAMPLE_RATE:
-            return min(begin + margin, size), size if last and end == size else end - margin
+            kept = min(margin, (end - begin) // 2)
+            return min(begin + kept, size), size if last and end == size else end - kept
     if last:
         return size, size
     later = [pause for pause in pauses if pause[0] >= size // 2]
     if later:
         begin, end = max(later, key=lambda pause: pause[1] - pause[0])
-        margin = min(margin, (end - begin) // 2)
-        return min(begin + margin, size), end - margin
+        kept = min(margin, (end - begin) // 2)
+        return min(begin + kept, size), end - kept
     return size, size - min(round(OVERLAP * SAMPLE_RATE), size // 4)
 
 

@@ -1,4 +1,5 @@
 import json
+import tracemalloc
 
 import numpy as np
 import pytest
@@ -175,13 +176,14 @@ class TestCut:
         assert [window.start / RATE for window in windows] == [0, 2.25, 4.5]
         assert sum(len(window.waveform) for window in windows) == len(waveform) + 2 * 0.75 * RATE
 
-    @pytest.mark.parametrize("seed", range(20))
-    def test_nothing_loud_is_left_out(self, seed):
+    @pytest.mark.parametrize("margin", [0.0, 0.25, 30.0])
+    @pytest.mark.parametrize("seed", range(10))
+    def test_nothing_loud_is_left_out(self, seed, margin):
         rng = np.random.default_rng(seed)
         parts = [(silence if rng.random() < 0.4 else noise)(rng.exponential(1.0)) for _ in range(30)]
         waveform = np.concatenate([noise(1), *parts])
         covered = np.zeros(len(waveform), bool)
-        for window in cut(waveform, 3, block=rng.uniform(0.1, 5)):
+        for window in cut(waveform, 3, block=rng.uniform(0.1, 5), margin=margin):
             assert len(window.waveform) <= 3 * RATE
             end = min(window.start + len(window.waveform), len(waveform))
             np.testing.assert_array_equal(window.waveform[: end - window.start], waveform[window.start : end])
@@ -228,3 +230,23 @@ def test_other_formats_are_read_by_ffmpeg_where_it_is(tmp_path, monkeypatch):
     program.write_text("#!/bin/sh\necho some words >&2\necho moov atom not found >&2\nexit 1\n")
     with pytest.raises(audio.UnusableAudio, match=r"talk.m4a can't be read by ffmpeg: moov atom not found"):
         audio.read(tmp_path / "talk.m4a")
+
+
+def test_memory_does_not_grow_with_the_length_of_a_recording(tmp_path):
+    """Of what reading and cutting hold; a model has a batch of windows."""
+    sentence = np.concatenate([noise(2), silence(0.8)])
+
+    def peak(minutes: int) -> tuple[int, int]:
+        file = tmp_path / f"{minutes}.wav"
+        with soundfile.SoundFile(file, "w", 44_100, 2, "PCM_16") as recording:
+            for _ in range(minutes * 60 * RATE // len(sentence) * RATE // 44_100):
+                recording.write(np.repeat(sentence[:, None], 2, 1))
+        tracemalloc.start()
+        windows = sum(1 for _ in audio.cut(audio.read_blocks(file), 3 * RATE))
+        _, most = tracemalloc.get_traced_memory()
+        tracemalloc.stop()
+        return windows, most
+
+    (few, short), (many, long) = peak(2), peak(16)
+    assert many >= 7 * few
+    assert long < 1.5 * short  # blocks and windows meet otherwise
