@@ -36,5 +36,5 @@ def get_config() -> Config:
             save_every=100,
         ),
         max_new_tokens=64,
-        margin=0.015,
+        margin=0.0,
     )

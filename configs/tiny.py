@@ -48,5 +48,5 @@ def get_config() -> Config:
         ),
         test_languages=("fr", "de", "es"),
         max_new_tokens=64,
-        margin=0.015,
+        margin=0.0,
     )

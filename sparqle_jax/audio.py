@@ -192,7 +192,18 @@ def _pauses(window: np.ndarray) -> list[tuple[int, int]]:
     stretches = [(int(begin) * hop, int(end) * hop) for begin, end in edges.reshape(-1, 2)]
     if stretches and stretches[-1][1] == len(frames) * hop:
         stretches[-1] = (stretches[-1][0], len(window))
-    return [pause for pause in stretches if pause[1] - pause[0] >= SHORT_PAUSE * SAMPLE_RATE]
+    long = [pause for pause in stretches if pause[1] - pause[0] >= SHORT_PAUSE * SAMPLE_RATE]
+    return [_digital_silence(window, *pause, hop) for pause in long]
+
+
+def _digital_silence(window: np.ndarray, begin: int, end: int, hop: int) -> tuple[int, int]:
+    """The zeros in a pause, if they are most of it: an editor has put them there, and what is soft around
+    them belongs to what is said."""
+    first = max(0, begin - hop)
+    edges = np.flatnonzero(np.diff(np.pad(window[first : end + hop] == 0, 1).astype(np.int8)))
+    runs = edges.reshape(-1, 2) + first
+    longest = max(runs.tolist(), key=lambda run: run[1] - run[0], default=[begin, begin])
+    return tuple(longest) if longest[1] - longest[0] > (end - begin) // 2 else (begin, end)
 
 
 def count_samples(file: str | os.PathLike) -> int:
