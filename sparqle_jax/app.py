@@ -27,10 +27,9 @@ from typing import Any
 import numpy as np
 import soundfile
 
-from sparqle_jax import audio
+from sparqle_jax import audio, commands
 from sparqle_jax.data.pipeline import TRANSCRIBE, instructions
 from sparqle_jax.sparqle import LENGTHS, MINIATURE, SparQLe, Transcript, with_speech
-from sparqle_jax.transcribe import add_tower_arguments
 
 # Before gradio is loaded: nothing is sent to anyone.
 os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"
@@ -556,17 +555,11 @@ def make_examples(folder: Path) -> list[tuple[str, str]]:
 
 
 def make_parser() -> argparse.ArgumentParser:
-    description, _, rest = __doc__.partition("\n\n")
-    parser = argparse.ArgumentParser(
-        "sparqle app",
-        description=description,
-        epilog=rest,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = commands.make_parser("app", __doc__)
     parser.add_argument(
         "model", nargs="?", type=Path, default=MINIATURE, help="a model folder; else the miniature"
     )
-    add_tower_arguments(parser)
+    commands.add_tower_arguments(parser)
     parser.add_argument(
         "--host", default="127.0.0.1", help="address to serve at (127.0.0.1: this machine alone)"
     )

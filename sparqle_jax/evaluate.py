@@ -31,17 +31,11 @@ import soundfile
 import tqdm
 from sacrebleu.metrics import BLEU, CHRF
 
-from sparqle_jax import checkpoint, hosts, prompts, sharding
+from sparqle_jax import checkpoint, commands, hosts, prompts, sharding
 from sparqle_jax.audio import SAMPLE_RATE, UnusableAudio
 from sparqle_jax.data.dataset import DataSet
 from sparqle_jax.data.pipeline import TRANSCRIBE, answer_of, check_tasks, instructions, language_name
 from sparqle_jax.sparqle import BATCH_SIZE, MINIATURE, SparQLe
-from sparqle_jax.transcribe import (
-    add_generation_arguments,
-    add_tower_arguments,
-    generation_settings,
-    write,
-)
 
 ANSWERS, RESULTS, PAGE, IDENTITY = "answers.jsonl", "results.json", "index.html", "evaluation.json"
 TEMPLATE = Path(__file__).with_suffix(".html")
@@ -336,7 +330,7 @@ def rows_there(folder: Path, identity: dict[str, Any], order: Sequence[int]) -> 
     folder.mkdir(parents=True, exist_ok=True)
     file, header = folder / ANSWERS, folder / IDENTITY
     if not file.exists():
-        write(header, json.dumps(identity, indent=1) + "\n")
+        commands.write_text(header, json.dumps(identity, indent=1) + "\n")
         file.touch()
         return []
     there = json.loads(header.read_text()) if header.exists() else {}
@@ -422,9 +416,9 @@ def write_results(
         for task in results["tasks"]:
             text = row[task]
             text |= score_one(task, text["reference"], text["answer"], normalizer=results["normalizer"])
-    write(folder / ANSWERS, "".join(map(_line, rows)))
-    write(folder / RESULTS, json.dumps(results, indent=1, ensure_ascii=False) + "\n")
-    write(folder / PAGE, page(results, rows, data_set))
+    commands.write_text(folder / ANSWERS, "".join(map(_line, rows)))
+    commands.write_text(folder / RESULTS, json.dumps(results, indent=1, ensure_ascii=False) + "\n")
+    commands.write_text(folder / PAGE, page(results, rows, data_set))
 
 
 # --- The page ------------------------------------------------------------------------------------------
@@ -560,16 +554,10 @@ def _wav(samples: np.ndarray) -> str:
 
 
 def make_parser() -> argparse.ArgumentParser:
-    description, _, rest = __doc__.partition("\n\n")
-    parser = argparse.ArgumentParser(
-        "sparqle evaluate",
-        description=description,
-        epilog=rest,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = commands.make_parser("evaluate", __doc__)
     parser.add_argument("model", type=Path, metavar="MODEL", help="a model folder, or: miniature")
     parser.add_argument("data", metavar="DATASET", help="a data set that `sparqle prepare` has made")
-    add_tower_arguments(parser)
+    commands.add_tower_arguments(parser)
     parser.add_argument(
         "--translate", nargs="*", default=[], metavar="CODE", help="languages, such as fr de es"
     )
@@ -595,7 +583,7 @@ def make_parser() -> argparse.ArgumentParser:
         metavar="WHERE",
         help="one of several hosts (--mesh -1 1 1), as for `train`",
     )
-    add_generation_arguments(parser)
+    commands.add_generation_arguments(parser)
     return parser
 
 
@@ -612,7 +600,12 @@ def main(argv: list[str] | None = None) -> int:
         folder = MINIATURE if str(args.model) == "miniature" else args.model
         sparqle = SparQLe.from_pretrained(folder, encoder=args.encoder, llm=args.llm, mesh=mesh)
         evaluation = Evaluation(
-            sparqle, data_set, args.translate, args.from_text, args.batch_size, generation_settings(args)
+            sparqle,
+            data_set,
+            args.translate,
+            args.from_text,
+            args.batch_size,
+            commands.generation_settings(args),
         )
     except (ValueError, OSError) as error:
         parser.error(str(error))  # with status 2

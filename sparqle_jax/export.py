@@ -4,23 +4,21 @@ sparqle export runs/mine/stage2 mine --towers      # a folder that needs nothing
 sparqle export runs/mine/stage2 mine.pt            # for the PyTorch code (needs torch)
 """
 
-import argparse
 import sys
 from pathlib import Path
 
-from sparqle_jax import pretrained
+from sparqle_jax import commands, pretrained
 from sparqle_jax.sparqle import SparQLe
-from sparqle_jax.transcribe import add_tower_arguments
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser("sparqle export", description=__doc__.split("\n")[0])
+    parser = commands.make_parser("export", __doc__)
     parser.add_argument("model", type=Path, help="a model folder")
     parser.add_argument("output", type=Path, help="a new folder, or a .pt or .safetensors file")
     parser.add_argument(
         "--towers", action="store_true", help="copies the encoder and the LLM into the folder"
     )
-    add_tower_arguments(parser)
+    commands.add_tower_arguments(parser)
     args = parser.parse_args(argv)
     try:
         if args.output.exists():

@@ -8,7 +8,6 @@ The results are those of transformers' `generate` for the same settings (generat
 import contextlib
 import dataclasses
 import functools
-import time
 from collections.abc import Callable, Iterator
 from typing import Any, Literal
 
@@ -97,7 +96,7 @@ def generate(model: SpeechLLM, batch: Batch, config: GenerationConfig) -> np.nda
     An answer stands with the token that ended it, if it ended, and `pad_token_id` after that. It is the same
     in any batch. Drawn answers too: all rows draw by `config.seed`, unless the batch has a `seed` int [B],
     for rows that are to differ. Compiled once for each shape of the batch and each configuration, but for
-    the seed; see `compiled`.
+    the seed.
     """
     *_, tokens = stream(model, batch, config)
     rest = config.max_new_tokens - tokens.shape[1]
@@ -125,21 +124,6 @@ def stream(model: SpeechLLM, batch: Batch, config: GenerationConfig) -> Iterator
         yield answers[:, :step].copy()
 
 
-def compiled(model: SpeechLLM, batch: Batch, config: GenerationConfig) -> float:
-    """Compiles all that `generate` needs for a batch of this shape: seconds it took, 0.0 if it was there.
-
-    Nothing is run; in the batch there may be `jax.ShapeDtypeStruct` in place of arrays.
-    """
-    programs = _Programs(model, config, run=False)
-    before, start = len(_executables), time.perf_counter()
-    state, (_, going, _) = programs.prefill(batch)
-    programs.decode(state)
-    for size in _smaller_sizes(len(going), programs.parts):
-        state = programs.keep(state, np.arange(size))
-        programs.decode(state)
-    return time.perf_counter() - start if len(_executables) > before else 0.0
-
-
 def _smaller_sizes(batch: int, parts: int) -> list[int]:
     """What a batch shrinks to as its answers end: half or less, a multiple of the mesh's parts, and so on."""
     size, sizes = parts, []
@@ -150,17 +134,11 @@ def _smaller_sizes(batch: int, parts: int) -> list[int]:
     return sizes
 
 
-_executables: dict[Any, jax.stages.Compiled] = {}
-
-
 class _Programs:
-    """The programs for a model and a configuration; with run=False they give the shapes of their results.
+    """The programs for a model and a configuration."""
 
-    They are compiled ahead of their first run, so that compiling can be had without running.
-    """
-
-    def __init__(self, model: SpeechLLM, config: GenerationConfig, *, run: bool = True):
-        self.model, self.llm, self.run = nnx.split(model), nnx.split(model.llm), run
+    def __init__(self, model: SpeechLLM, config: GenerationConfig):
+        self.model, self.llm = nnx.split(model), nnx.split(model.llm)
         self.config, self.seed = dataclasses.replace(config, seed=0), config.seed
         self.mesh = _mesh(self.model[1])
         self.parts = 1 if self.mesh is None else batch_parts(self.mesh)
@@ -168,30 +146,17 @@ class _Programs:
     def prefill(self, batch: Batch) -> tuple["_State", "_News"]:
         seeds = batch.get("seed", np.full(batch["before"].shape[0], self.seed, np.uint32))
         graph, parameters = self.model
-        return self._call(_prefill, (graph, self.config), parameters, dict(batch), seeds)
+        return self._on_mesh(_prefill, graph, self.config, parameters, dict(batch), seeds)
 
     def decode(self, state: "_State") -> tuple["_State", "_News"]:
-        graph, parameters = self.llm
-        return self._call(_decode, (graph, self.config), parameters, state)
+        return self._on_mesh(_decode, self.llm[0], self.config, self.llm[1], state)
 
     def keep(self, state: "_State", rows: np.ndarray) -> "_State":
-        return self._call(_keep, (), state, rows)
+        return self._on_mesh(_keep, state, rows)
 
-    def _call(self, function: Callable, static: tuple, *args: Any) -> Any:
-        leaves, structure = jax.tree.flatten(args)
-        arrays = tuple((x.shape, x.dtype, getattr(x, "sharding", None)) for x in leaves)
-        key = (function, static, self.mesh, structure, arrays)
-        if key not in _executables:
-            with contextlib.nullcontext() if self.mesh is None else jax.set_mesh(self.mesh):
-                _executables[key] = function.lower(*static, *args).compile()
-        executable = _executables[key]
-        if self.run:
-            return executable(*args)
-        return jax.tree.map(
-            lambda x, sharding: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding),
-            executable.out_info,
-            executable.output_shardings,
-        )
+    def _on_mesh(self, program: Callable, *args: Any) -> Any:
+        with contextlib.nullcontext() if self.mesh is None else jax.set_mesh(self.mesh):
+            return program(*args)
 
 
 def _mesh(parameters: nnx.State) -> Mesh | None:

@@ -7,13 +7,12 @@
 their code does. Without it, for a checkpoint that was trained here or as here.
 """
 
-import argparse
 import sys
 from pathlib import Path
 
 import jax.numpy as jnp
 
-from sparqle_jax import pretrained
+from sparqle_jax import commands, pretrained
 from sparqle_jax.sparqle import ModelConfig, SparQLe, Tower
 
 # As the reference's generation.py decodes.
@@ -21,12 +20,7 @@ PUBLISHED = dict(num_beams=5, no_repeat_ngram_size=2, early_stopping=True)
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(
-        "sparqle import",
-        description=__doc__.split("\n")[0],
-        epilog=__doc__.partition("\n\n")[2],
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = commands.make_parser("import", __doc__)
     parser.add_argument("checkpoint", type=Path, help=".pt (needs torch) or .safetensors")
     parser.add_argument("output", type=Path, help="a new folder")
     parser.add_argument("--encoder", type=Path, required=True, metavar="FOLDER")

@@ -45,7 +45,14 @@ from sparqle_jax.sharding import (
     replicated,
     state_sharding,
 )
-from sparqle_jax.train import TrainState, make_optimizer, make_plan, make_update, state_shardings
+from sparqle_jax.train import (
+    TrainState,
+    abstract_state,
+    make_optimizer,
+    make_plan,
+    make_update,
+    state_shardings,
+)
 
 GIB = 2**30
 STAGES = ("stage1", "stage2")
@@ -302,9 +309,7 @@ class Planner:
         config = self.stages[stage]
         optimizer, _ = make_optimizer(config.optim, config.steps)
         shardings = state_shardings(trained, optimizer, mesh)
-        moments = jax.eval_shape(optimizer.init, trained)
-        state = TrainState(jax.ShapeDtypeStruct((), jnp.int32), trained, moments)
-        state = _with_shardings(state, shardings)
+        state = abstract_state(trained, optimizer, shardings)
         frozen = _with_shardings(frozen, state_sharding(frozen, mesh))
         update = make_update(graph, optimizer, shardings, accumulate=getattr(config, "accumulate", 1))
         return state, frozen, update

@@ -301,12 +301,10 @@ class SparQLe:
         So that few programs are compiled, B is a power of two, and T one of LENGTHS.
         """
         longest = max(map(len, waveforms))
-        rows = _up(len(waveforms), 1 if self.mesh is None else batch_parts(self.mesh))
         length = next(n for n in self._lengths if n >= longest)
         if self.config.compat == "published":  # which hears padding as well
             length = longest
-        some = [self.extractor(waveform) for waveform in waveforms]
-        waveform, mask = audio.pad([*some, *some[:1] * (rows - len(some))], length)
+        waveform, mask = audio.pad(self._filled([self.extractor(one) for one in waveforms]), length)
         with self._on_mesh():
             frames, frames_mask = _encode(
                 *nnx.split(self.model.encoder), *self._split((waveform, mask)), self.config.compat
@@ -327,9 +325,7 @@ class SparQLe:
         # The text is tokenised apart from what is around it, as the speech stands apart.
         before, after = self.prompter.prompt(instruction)
         asked = [(before + self.prompter.answer(text)[:-1], after) for text in texts]
-        rows = _up(len(asked), 1 if self.mesh is None else batch_parts(self.mesh))
-        batch = self._prompts([*asked, *asked[:1] * (rows - len(asked))])
-        return self._generate(batch, len(asked), config)
+        return self._generate(self._prompts(self._filled(asked)), len(asked), config)
 
     def listening(self, recording: Recording) -> np.ndarray:
         """Which frames of a recording, no longer than is heard at once, the queries attend to.
@@ -389,6 +385,12 @@ class SparQLe:
                 stacklevel=3,
             )
         return [self.prompter.decode(row) for row in rows]
+
+    def _filled(self, rows: list) -> list:
+        """With the first repeated at the end: a power of two times the parts that the mesh makes of it."""
+        parts = 1 if self.mesh is None else batch_parts(self.mesh)
+        number = parts * 2 ** (-(-len(rows) // parts) - 1).bit_length()
+        return [*rows, *rows[:1] * (number - len(rows))]
 
     def _on_mesh(self) -> contextlib.AbstractContextManager:
         return contextlib.nullcontext() if self.mesh is None else jax.set_mesh(self.mesh)
@@ -481,11 +483,6 @@ def _blocks(recording: Recording) -> Iterator[np.ndarray]:
     if np.issubdtype(waveform.dtype, np.integer):
         waveform = waveform / -float(np.iinfo(waveform.dtype).min)
     return iter([audio.resample(waveform.astype(np.float32), rate)])
-
-
-def _up(rows: int, parts: int) -> int:
-    """At least so many rows: `parts` times a power of two."""
-    return parts * 2 ** max(0, (-(-rows // parts) - 1).bit_length())
 
 
 def _find(folder: Path, what: str, tower: Tower, instead: str | os.PathLike | None) -> Tower:

@@ -40,7 +40,7 @@ from flax import nnx
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from tensorboardX import SummaryWriter
 
-from sparqle_jax import audio, flops, hosts, pretrained, prompts
+from sparqle_jax import audio, commands, flops, hosts, pretrained, prompts
 from sparqle_jax.adapters.qformer import QFormer, QFormerConfig
 from sparqle_jax.checkpoint import CheckpointError, Checkpoints, differences, fingerprint
 from sparqle_jax.chips import chip_of
@@ -383,7 +383,7 @@ def _explain(step: int, values: dict[str, float], stage: Stage, folder: epath.Pa
     ids = [stage.examples.corpus[index].id for index in batch.indices]
     file = folder / "not_finite.json"
     if hosts.is_first():
-        _write_text(file, json.dumps({"step": step, **values, "examples": ids}, indent=1) + "\n")
+        commands.write_text(file, json.dumps({"step": step, **values, "examples": ids}, indent=1) + "\n")
     return (
         f"{stage.name}: the loss of step {step} is {values['loss']}, the norm of its gradient "
         f"{values['gradient_norm']}; its examples are {', '.join(ids[:8])}{', ...' * (len(ids) > 8)} (all in "
@@ -474,7 +474,7 @@ class _Log:
         self.skipped = max((json.loads(line).get("skipped", 0) for line in self.lines), default=0)
         self.board = None
         if hosts.is_first():
-            _write_text(self.file, "".join(self.lines))
+            commands.write_text(self.file, "".join(self.lines))
             self.board = SummaryWriter(str(folder / "tensorboard"), purge_step=start + 1)
         self.bar = tqdm.tqdm(
             total=stage.config.steps,
@@ -503,7 +503,7 @@ class _Log:
     def flush(self) -> None:
         """Brings what was written to a bucket, whose files can't be appended to."""
         if self.board is not None and not _can_append(self.file):
-            _write_text(self.file, "".join(self.lines))
+            commands.write_text(self.file, "".join(self.lines))
 
     @contextmanager
     def waiting(self) -> Iterator[None]:
@@ -840,8 +840,8 @@ def _claim_folder(config: Config, identity: dict[str, Any]) -> None:
     if hosts.is_first() and not (config.run / IDENTITY).is_file():
         try:
             config.run.mkdir(parents=True, exist_ok=True)
-            _write_text(config.run / "config.json", config.model_dump_json(indent=2) + "\n")
-            _write_text(config.run / IDENTITY, json.dumps(identity, indent=1) + "\n")
+            commands.write_text(config.run / "config.json", config.model_dump_json(indent=2) + "\n")
+            commands.write_text(config.run / IDENTITY, json.dumps(identity, indent=1) + "\n")
         except Exception as error:  # of a disk, or of a bucket's library
             failed = f": {error}"
     if hosts.largest(bool(failed)):
@@ -851,13 +851,6 @@ def _claim_folder(config: Config, identity: dict[str, Any]) -> None:
             f"run={config.run} is not the same folder on all hosts: give one that all of them reach, such as "
             "--set run=gs://BUCKET/RUN, or a disk that they share."
         )
-
-
-def _write_text(file: epath.Path, text: str) -> None:
-    """Writes a file whole or not at all: whoever is stopped while writing leaves the old one."""
-    partial = file.with_name(file.name + ".partial")
-    partial.write_text(text)
-    partial.replace(file)
 
 
 def _stage_folder(config: Config, name: str) -> epath.Path:
@@ -872,7 +865,7 @@ def _once(file: epath.Path, make: Callable[[], dict[str, Any]]) -> dict[str, Any
         return json.loads(file.read_text())
     made = make()
     if hosts.is_first():
-        _write_text(file, json.dumps(made, indent=1) + "\n")
+        commands.write_text(file, json.dumps(made, indent=1) + "\n")
     return made
 
 

@@ -27,7 +27,7 @@ from pathlib import Path
 import jax
 import tqdm
 
-from sparqle_jax import audio
+from sparqle_jax import audio, commands
 from sparqle_jax.data.pipeline import TRANSCRIBE, instructions
 from sparqle_jax.sparqle import BATCH_SIZE, MINIATURE, Piece, SparQLe, Transcript, with_speech
 
@@ -112,14 +112,6 @@ FORMATS: dict[str, Callable[[Transcript], str]] = {
 }
 
 
-def write(file: Path, text: str) -> None:
-    """Writes a file whole or not at all."""
-    file.parent.mkdir(parents=True, exist_ok=True)
-    partial = file.with_name(file.name + ".partial")
-    partial.write_text(text, encoding="utf-8")
-    partial.replace(file)
-
-
 def _seconds(file: str) -> float:
     """How long a recording is, or 0 if it can't be told: why is said when it is heard."""
     try:
@@ -128,50 +120,11 @@ def _seconds(file: str) -> float:
         return 0.0
 
 
-def add_generation_arguments(parser: argparse.ArgumentParser) -> None:
-    """The settings of generation that a command has, under the names of `GenerationConfig`."""
-    group = parser.add_argument_group("generation (else as the model's config.json says)")
-    group.add_argument("--max-new-tokens", type=int, metavar="N", help="of the answer to one window")
-    group.add_argument("--min-new-tokens", type=int, metavar="N")
-    group.add_argument(
-        "--num-beams", type=int, metavar="N", help="beam search instead of the likeliest token"
-    )
-    group.add_argument("--length-penalty", type=float, metavar="X")
-    group.add_argument("--repetition-penalty", type=float, metavar="X")
-    group.add_argument("--no-repeat-ngram-size", type=int, metavar="N")
-    group.add_argument("--temperature", type=float, metavar="X", help="sampling, from the softmax at it")
-    group.add_argument("--top-k", type=int, metavar="N")
-    group.add_argument("--top-p", type=float, metavar="X")
-    group.add_argument("--seed", type=int, metavar="N", help="of sampling")
-
-
-def generation_settings(args: argparse.Namespace) -> dict[str, float]:
-    """Those that were given."""
-    names = "max_new_tokens min_new_tokens num_beams length_penalty repetition_penalty no_repeat_ngram_size"
-    given = {name: getattr(args, name) for name in f"{names} temperature top_k top_p seed".split()}
-    given = {name: value for name, value in given.items() if value is not None}
-    if given.keys() & {"temperature", "top_k", "top_p", "seed"}:
-        given["do_sample"] = True
-    return given
-
-
-def add_tower_arguments(parser: argparse.ArgumentParser) -> None:
-    """For models whose towers have moved."""
-    parser.add_argument("--encoder", type=Path, metavar="FOLDER", help="where the model's encoder is here")
-    parser.add_argument("--llm", type=Path, metavar="FOLDER", help="where the model's LLM is here")
-
-
 def make_parser() -> argparse.ArgumentParser:
-    description, _, rest = __doc__.partition("\n\n")
-    parser = argparse.ArgumentParser(
-        "sparqle transcribe",
-        description=description,
-        epilog=rest,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = commands.make_parser("transcribe", __doc__)
     parser.add_argument("recordings", nargs="+", help="files, folders, globs, or - for stdin")
     parser.add_argument("--model", type=Path, default=MINIATURE, help="a model folder; else the miniature")
-    add_tower_arguments(parser)
+    commands.add_tower_arguments(parser)
     what = parser.add_mutually_exclusive_group()
     what.add_argument("--translate", metavar="LANGUAGE", help="into German, say, or de")
     what.add_argument("--prompt", help="your own, with <SpeechHere> where the speech is to be")
@@ -179,7 +132,7 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument("--output", type=Path, metavar="DIR", help="a file for each, in place of stdout")
     parser.add_argument("--overwrite", action="store_true", help="also what --output has already")
     parser.add_argument("--batch-size", type=int, default=BATCH_SIZE, help=f"windows ({BATCH_SIZE})")
-    add_generation_arguments(parser)
+    commands.add_generation_arguments(parser)
     return parser
 
 
@@ -198,7 +151,7 @@ def main(argv: list[str] | None = None) -> int:
         if args.output is not None:
             args.output.mkdir(parents=True, exist_ok=True)
         sparqle = SparQLe.from_pretrained(args.model, encoder=args.encoder, llm=args.llm)
-        settings = generation_settings(args)
+        settings = commands.generation_settings(args)
         sparqle.generation_config(**settings)
         sparqle.prompter.prompt(instruction)
     except (ValueError, OSError) as error:
@@ -258,7 +211,9 @@ def _transcribe(
                 continue
             text = FORMATS[args.format](result)
             if args.output is not None:
-                write(args.output / (name + ending), text)
+                file = args.output / (name + ending)
+                file.parent.mkdir(parents=True, exist_ok=True)
+                commands.write_text(file, text)
                 continue
             with progress.external_write_mode():
                 several = len(order) > 1

@@ -7,7 +7,7 @@ import pytest
 from flax import nnx
 
 from sparqle_jax import generate as module
-from sparqle_jax.generate import GenerationConfig, compiled, draw, generate, process, stream
+from sparqle_jax.generate import GenerationConfig, draw, generate, process, stream
 from sparqle_jax.llms.decoder import Decoder
 from sparqle_jax.model import SpeechLLM, make_projection
 from sparqle_jax.sharding import make_mesh, state_sharding
@@ -116,15 +116,15 @@ def test_eight_devices_give_what_one_gives(model, texts, config):
     expected = generate(model, texts, config)
     with jax.set_mesh(mesh):
         np.testing.assert_array_equal(generate(placed, texts, config), expected)
-    known = len(module._executables)
+    known = programs_compiled()
     np.testing.assert_array_equal(generate(placed, texts, config), expected)
-    assert len(module._executables) == known
+    assert programs_compiled() == known
 
 
 def test_the_cache_is_split_by_examples_and_heads(model, texts):
     mesh = make_mesh((2, 2, 2))
     with jax.set_mesh(mesh):
-        programs = module._Programs(model, LONG_BEAM, run=False)
+        programs = module._Programs(model, LONG_BEAM)
         state, _ = programs.prefill(texts)
         whole, _ = programs.prefill(rows_of(texts, slice(0, 3)))
     split = jax.NamedSharding(mesh, jax.P(None, ("data", "fsdp"), None, "model"))
@@ -134,16 +134,18 @@ def test_the_cache_is_split_by_examples_and_heads(model, texts):
     assert whole.cache.keys.sharding.is_equivalent_to(heads, 5)
 
 
-def test_compiled_ahead(model, texts):
+def programs_compiled() -> int:
+    return sum(program._cache_size() for program in (module._prefill, module._decode, module._keep))
+
+
+def test_compiled_once_for_a_shape_and_a_configuration_but_for_the_seed(model, texts):
     config = dataclasses.replace(LONG_GREEDY, max_new_tokens=23)
-    shapes = {name: jax.ShapeDtypeStruct(value.shape, value.dtype) for name, value in texts.items()}
-    assert compiled(model, shapes, config) > 0
-    known = len(module._executables)
-    assert compiled(model, texts, config) == 0
-    first = generate(model, texts, config)
+    before = programs_compiled()
+    assert generate(model, texts, config).shape == (8, 23)
+    known = programs_compiled()
+    assert known > before
     generate(model, texts, dataclasses.replace(config, seed=1))
-    assert len(module._executables) == known
-    assert first.shape == (8, 23)
+    assert programs_compiled() == known
 
 
 def test_greedy_takes_the_best_token_of_the_whole_sequence(sparqle, batch):

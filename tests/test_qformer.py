@@ -41,7 +41,7 @@ def changed(a, b) -> list[bool]:
 
 
 def test_cross_attention_in_every_second_layer(qformer):
-    assert [qformer._layer(i)[1] is not None for i in range(3)] == [True, False, True]
+    assert [qformer.layer(i)[1] is not None for i in range(3)] == [True, False, True]
 
 
 class TestAttentionPatterns:
@@ -169,7 +169,7 @@ def test_listening_are_the_weights_that_the_cross_attention_uses(rng):
     np.testing.assert_allclose(weights.sum(-1), 1, atol=1e-6)
     assert weights[:, 1, :, 11:].max() == 0
 
-    attention = qformer._layer(0)[1].attention
+    attention = qformer.layer(0)[1].attention
     x = rng.normal(size=(2, 4, 16)).astype(np.float32)
     keys, values = attention.keys_values(frames)
     by_hand = np.einsum("BNTC,BCNH->BTNH", attention.weights(x, frames, mask[:, None, None]), values)

@@ -246,7 +246,7 @@ class QFormer(nnx.Module):
         mask = None if frames_mask is None else frames_mask.astype(bool)[:, None, None, :]
         maps = []
         for number in range(self.config.num_hidden_layers):
-            layer, cross_attention = self._layer(number)
+            layer, cross_attention = self.layer(number)
             if cross_attention is not None:
                 attention = layer.self_attention.attention
                 attended = layer.self_attention(x, attention.keys_values(x), None, None)
@@ -390,7 +390,7 @@ class QFormer(nnx.Module):
                 keys_values = jax.tree.map(lambda *x: jnp.concatenate(x), keys_values, last)
         return x, keys_values
 
-    def _layer(self, number: int) -> tuple[QFormerLayer, AttentionBlock | None]:
+    def layer(self, number: int) -> tuple[QFormerLayer, AttentionBlock | None]:
         """A layer, and its cross-attention if it has one."""
         graph, state = nnx.split(self.layers)
         layer = nnx.merge(graph, _at(state, number))

@@ -63,7 +63,7 @@ class TestBert:
             expected = encoder.encoder(start)[0]
         out = qformer.embeddings_norm(queries)
         for number in range(qformer.config.num_hidden_layers):
-            layer, _ = qformer._layer(number)
+            layer, _ = qformer.layer(number)
             out, _ = layer(out, 5, None, None, None, None, None, None)
         np.testing.assert_allclose(out, expected, atol=1e-4)
 
