@@ -1,8 +1,10 @@
 """Waveforms: read, cut at pauses, normalised as the encoder was trained on, checked, padded to batches. NumPy
 only."""
 
+import base64
 import contextlib
 import dataclasses
+import io
 import json
 import math
 import os
@@ -235,6 +237,13 @@ def check_length(num_samples: int, max_samples: int) -> None:
             f"it is {num_samples / SAMPLE_RATE:.1f} s long, but can have at most "
             f"{max_samples / SAMPLE_RATE:g} s: cut it into pieces.",
         )
+
+
+def as_wav(samples: np.ndarray) -> str:
+    """Samples [S] at 16 kHz, int16 or from -1 to 1, as a WAV file in base64: for pages that hold all."""
+    file = io.BytesIO()
+    soundfile.write(file, samples, SAMPLE_RATE, format="WAV", subtype="PCM_16")
+    return base64.b64encode(file.getvalue()).decode()
 
 
 @contextmanager

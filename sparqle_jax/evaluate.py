@@ -10,10 +10,8 @@ another --normalizer it scores the answers that are there anew.
 """
 
 import argparse
-import base64
 import bisect
 import dataclasses
-import io
 import itertools
 import json
 import math
@@ -27,12 +25,11 @@ from typing import Any
 import jinja2
 import jiwer
 import numpy as np
-import soundfile
 import tqdm
 from sacrebleu.metrics import BLEU, CHRF
 
 from sparqle_jax import checkpoint, commands, hosts, prompts, sharding
-from sparqle_jax.audio import SAMPLE_RATE, UnusableAudio
+from sparqle_jax.audio import SAMPLE_RATE, UnusableAudio, as_wav
 from sparqle_jax.data.dataset import DataSet
 from sparqle_jax.data.pipeline import TRANSCRIBE, answer_of, check_tasks, instructions, language_name
 from sparqle_jax.sparqle import BATCH_SIZE, MINIATURE, SparQLe
@@ -467,7 +464,7 @@ def page(results: dict[str, Any], rows: Sequence[dict[str, Any]], data_set: Data
     in_turn = itertools.chain.from_iterable(itertools.zip_longest(*worst.values()))  # the worst of each first
     for row in filter(None, in_turn):
         if row["index"] not in clips and row["seconds"] * SAMPLE_RATE * 8 / 3 < room:
-            clips[row["index"]] = _wav(data_set.samples(row["index"]))
+            clips[row["index"]] = as_wav(data_set.samples(row["index"]))
             room -= len(clips[row["index"]])
     scores = results["scores"]
     environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True)
@@ -541,13 +538,6 @@ def _language(code: str) -> str:
 def _duration(seconds: float) -> str:
     hours, rest = divmod(round(seconds), 3600)
     return f"{hours}:{rest // 60:02}:{rest % 60:02} h" if hours else f"{rest // 60}:{rest % 60:02} min"
-
-
-def _wav(samples: np.ndarray) -> str:
-    """int16 [S] at 16 kHz as a WAV file in base64."""
-    file = io.BytesIO()
-    soundfile.write(file, samples, SAMPLE_RATE, format="WAV", subtype="PCM_16")
-    return base64.b64encode(file.getvalue()).decode()
 
 
 # --- The command ---------------------------------------------------------------------------------------

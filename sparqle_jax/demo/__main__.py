@@ -8,14 +8,12 @@ Run again after a stop, it goes on where it was.
 
 import argparse
 import base64
-import io
 import json
 import sys
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import soundfile
 
 from sparqle_jax import audio, train
 from sparqle_jax.checkpoint import CheckpointError
@@ -118,14 +116,12 @@ def utterance_card(
     utterance: Utterance, waveform: np.ndarray, answers: dict[str, dict[str, str]]
 ) -> dict[str, Any]:
     """One utterance as the page takes it: audio, outline, reference, and answers by model and task."""
-    file = io.BytesIO()
-    soundfile.write(file, waveform, audio.SAMPLE_RATE, format="WAV", subtype="PCM_16")
     peaks = [float(np.abs(part).max()) for part in np.array_split(waveform, 300)]
     return {
         "id": utterance.id,
         "speaker": utterance.speaker,
         "seconds": utterance.duration,
-        "audio": "data:audio/wav;base64," + base64.b64encode(file.getvalue()).decode(),
+        "audio": "data:audio/wav;base64," + audio.as_wav(waveform),
         "peaks": [round(peak / max(peaks), 3) for peak in peaks],
         "reference": {
             TRANSCRIBE: utterance.text,
