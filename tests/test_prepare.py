@@ -452,7 +452,7 @@ def test_a_killed_run_leaves_no_data_set(number, spoken, tmp_path, capsys):
     out, manifest = tmp_path / "out", str(tmp_path / "m.jsonl")
     command = [sys.executable, "-m", "sparqle_jax.data.prepare", "manifest", str(out), "--manifest", manifest]
     process = subprocess.Popen([*command, *ONE_PROCESS], stderr=subprocess.DEVNULL, start_new_session=True)
-    while process.poll() is None and not list(tmp_path.glob("incomplete.*/speech-train*")):
+    while process.poll() is None and not list(tmp_path.glob("incomplete.*")):
         time.sleep(0.01)
     os.killpg(process.pid, number)
     assert process.wait() != 0
