@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 export TRANSFORMERS_NO_ADVISORY_WARNINGS ?= 1
 export JAX_COMPILATION_CACHE_DIR ?= $(CURDIR)/.cache/jax
 
-.PHONY: help setup demo demo-from-scratch test test-hosts test-faults test-browser parity fullsize bench-data lint format clean
+.PHONY: help setup demo demo-from-scratch test test-slow test-hosts test-faults test-browser parity fullsize bench-data lint format clean
 
 help:  ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/' | expand -t 20
@@ -35,8 +35,12 @@ demo-from-scratch: $(VENV)/.ready  ## the miniature with its towers and stage 1:
 	$(BIN)/python -m sparqle_jax.demo --from-scratch
 
 # A file's tests share what they compile, so they stay in one process.
-test: $(VENV)/.ready  ## everything that needs no PyTorch
-	$(BIN)/pytest --numprocesses=auto --maxprocesses=4 --dist=loadfile
+PYTEST := $(BIN)/pytest --numprocesses=auto --maxprocesses=4 --dist=loadfile
+test: $(VENV)/.ready  ## everything that needs no PyTorch and little time
+	$(PYTEST) -m "not slow"
+
+test-slow: $(VENV)/.ready  ## the rest of it: whole pipelines, hours of audio, fuzzing
+	$(PYTEST) -m slow
 
 test-hosts: $(VENV)/.ready  ## several processes that train together, as the hosts of a pod do
 	$(BIN)/pytest tests/hosts
