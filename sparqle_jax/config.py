@@ -4,7 +4,6 @@ A file is Python with `get_config() -> Config`. Unknown keys and values of a wro
 file as in an override.
 """
 
-import dataclasses
 import json
 import runpy
 import types
@@ -16,7 +15,7 @@ from typing import Annotated, Any, Literal
 import pydantic
 from etils import epath
 
-from sparqle_jax.adapters.qformer import QFormerConfig
+from sparqle_jax import adapters
 
 Positive = Annotated[int, pydantic.Field(ge=1)]
 Share = Annotated[float, pydantic.Field(ge=0, lt=1)]
@@ -87,8 +86,14 @@ class StageConfig(Model):
 
 
 class Stage1Config(StageConfig):
-    """Speech and text meet in the adapter, without the LLM."""
+    """Speech and text meet in the adapter, without the LLM.
 
+    tokenizer: the folder of the tokenizer of the adapter's text half. embed_dim: width of the contrastive
+    features.
+    """
+
+    tokenizer: Path
+    embed_dim: Positive = 256
     losses: Annotated[tuple[Literal["stc", "stm", "stg"], ...], pydantic.Field(min_length=1)] = (
         "stc",
         "stm",
@@ -110,30 +115,23 @@ class Stage2Config(StageConfig):
     remat: Literal["dots", "full"] | None = None
 
 
-class AdapterConfig(Model):
-    """The Q-Former. start: a checkpoint (.safetensors, .pt) or a BERT folder; None begins at random.
+class EncoderOptions(Model):
+    """What a run may choose of its encoder. None: as its folder says.
 
-    tokenizer: the folder of the tokenizer of its text half (stage 1); sizes: fields of QFormerConfig, but
-    those that the encoder, the tokenizer or `start` set. features: width of the contrastive features.
+    layer_mix: frames are a learned mix of all layers (as in SpeechVerse and s3prl), in place of the last one.
     """
 
-    start: Path | None = None
-    tokenizer: Path | None = None
-    sizes: dict[str, int | float | str] = {}
-    features: Positive = 256
+    layer_mix: bool = False
 
-    @pydantic.field_validator("sizes")
-    @classmethod
-    def _check_sizes(cls, sizes: dict[str, Any]) -> dict[str, Any]:
-        types = {field.name: field.type for field in dataclasses.fields(QFormerConfig)}
-        for name in ("encoder_width", "text", "vocab_size", "bos_token_id"):  # the run knows them
-            del types[name]
-        if unknown := sizes.keys() - types.keys():
-            raise ValueError(f"there are no keys {sorted(unknown)}; valid: {', '.join(types)}")
-        return {
-            name: pydantic.TypeAdapter(types[name]).validate_python(value, strict=True)
-            for name, value in sizes.items()
-        }
+
+class EncoderConfig(EncoderOptions):
+    """A frozen encoder, whose config.json says of which family it is. folder: in transformers' format."""
+
+    folder: Path
+
+    @property
+    def options(self) -> EncoderOptions:
+        return EncoderOptions(**self.model_dump(exclude={"folder"}))
 
 
 class TrainSet(Model):
@@ -190,6 +188,10 @@ class Config(Model):
     """A run. run: its folder, which all hosts must reach. encoder, llm: folders of the frozen towers. A stage
     that is None is left out.
 
+    adapter: which one, by `kind`, and its sizes; None: that of `init_from`, or else the paper's Q-Former.
+    init_from: a file that training saved, a checkpoint with the published names, or a BERT folder for a
+    Q-Former to start from; None begins at random.
+
     test_languages: into which to translate when evaluating; the adapter need not have been trained for them.
     max_new_tokens: of an answer, when evaluating and in the model folder that stage 2 leaves. margin: seconds
     of silence that this model gets before and after speech: as many as in the recordings it learns from.
@@ -197,10 +199,11 @@ class Config(Model):
 
     run: Folder
     mesh: MeshConfig = MeshConfig()
-    encoder: Path
+    encoder: EncoderConfig
     llm: Path
     data: DataConfig
-    adapter: AdapterConfig = AdapterConfig()
+    adapter: adapters.Config | None = None
+    init_from: Path | None = None
     stage1: Stage1Config | None = None
     stage2: Stage2Config | None = None
     test_languages: tuple[str, ...] = ()
@@ -209,14 +212,24 @@ class Config(Model):
     dtype: Literal["float32", "bfloat16"] = "float32"  # of matrix products and of the frozen towers
     seed: Annotated[int, pydantic.Field(ge=0)] = 0
 
+    @pydantic.field_validator("encoder", mode="before")
+    @classmethod
+    def _folder_alone(cls, encoder: Any) -> Any:
+        return {"folder": encoder} if isinstance(encoder, str | Path) else encoder
+
+    @pydantic.model_validator(mode="before")
+    @classmethod
+    def _papers_adapter(cls, values: Any) -> Any:
+        if isinstance(values, dict) and values.get("adapter") is None and values.get("init_from") is None:
+            return values | {"adapter": {"kind": "qformer"}}
+        return values
+
     @pydantic.model_validator(mode="after")
     def _whole(self) -> "Config":
         if self.stage1 is None and self.stage2 is None:
             raise ValueError("neither stage1 nor stage2 is there: nothing would be trained")
         if self.data.test == {} and any(s and s.test_every for s in (self.stage1, self.stage2)):
             raise ValueError("test_every needs data.test, which is empty")
-        if self.stage1 is not None and self.adapter.tokenizer is None:
-            raise ValueError("stage 1 needs adapter.tokenizer, the tokenizer of the adapter's text half")
         return self
 
 

@@ -18,8 +18,7 @@ from flax import nnx
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from sparqle_jax import hosts
-from sparqle_jax.llms.decoder import KVCache, split_cache
-from sparqle_jax.model import Batch, SpeechLLM, last_real
+from sparqle_jax.model import Batch, SpeechLLM
 from sparqle_jax.sharding import BATCH_AXES, MESH_AXES, batch_parts
 
 NEVER = -1.0e9  # the score of what must not be chosen, as in transformers: finite, so that sums stay so
@@ -215,7 +214,7 @@ class _State:
     """Between programs: how many tokens are chosen, int32 []; the LLM's cache of B * W rows; the answers."""
 
     step: jax.Array
-    cache: KVCache
+    cache: Any
     answers: _Answers | _Beams
 
 
@@ -233,11 +232,11 @@ def _prefill(
     """Reads the prompts and chooses the first tokens."""
     model = nnx.merge(graph, parameters)
     prompt, mask = model.embed_prompt(batch)
-    size = _cache_size(prompt.shape[1] + config.max_new_tokens, model.llm.config.max_position_embeddings)
-    hidden, cache = model.llm(prompt, mask, model.llm.init_cache(prompt.shape[0], size))
-    logits = model.llm.logits(last_real(hidden, mask))
+    size = _cache_size(prompt.shape[1] + config.max_new_tokens, model.llm.config.max_tokens)
+    hidden, cache = model.llm.prefill(prompt, mask, size)
+    logits = model.llm.logits(hidden)
     answers = _start(seeds, config) if config.num_beams == 1 else _start_beams(len(seeds), config)
-    cache, logits = _repeat(cache, config.num_beams), jnp.repeat(logits, config.num_beams, 0)
+    cache, logits = cache.repeat(config.num_beams), jnp.repeat(logits, config.num_beams, 0)
     state = _choose(_State(jnp.int32(0), cache, answers), logits, config)
     return state, _news(state)
 
@@ -261,8 +260,8 @@ def _decode(
     def step(state: _State) -> _State:
         tokens = state.answers.tokens.reshape(-1, config.max_new_tokens)
         last = jax.lax.dynamic_slice_in_dim(tokens, state.step - 1, 1, 1)
-        hidden, cache = llm(last, None, state.cache)
-        return _choose(dataclasses.replace(state, cache=cache), llm.logits(hidden[:, 0]), config)
+        hidden, cache = llm.step(last[:, 0], state.cache)
+        return _choose(dataclasses.replace(state, cache=cache), llm.logits(hidden), config)
 
     state = jax.lax.while_loop(going_on, step, state)
     return state, _news(state)
@@ -271,11 +270,10 @@ def _decode(
 @jax.jit
 def _keep(state: _State, rows: jax.Array) -> _State:
     """Goes on with these rows int [B'] alone."""
-    beams = len(state.cache.mask) // len(state.answers.going)
-    places = (rows[:, None] * beams + jnp.arange(beams)).reshape(-1)
-    cache = _map_rows(state.cache, lambda x, axis: jnp.take(x, places, axis))
+    beams = state.answers.tokens[0, ..., 0].size
+    of_beams = (rows[:, None] * beams + jnp.arange(beams)).reshape(-1)
     answers = jax.tree.map(lambda x: x[rows], state.answers)
-    return _State(state.step, split_cache(cache), _split(answers))
+    return _State(state.step, state.cache.take(of_beams), _split(answers))
 
 
 def _split(answers: _Answers | _Beams) -> _Answers | _Beams:
@@ -293,7 +291,7 @@ def _choose(state: _State, logits: jax.Array, config: GenerationConfig) -> _Stat
         answers, cache = _choose_tokens(state.answers, state.step, logits, config), state.cache
     else:
         answers, parents = _continue_beams(state.answers, state.step, logits, config)
-        cache = split_cache(_reorder(state.cache, parents))
+        cache = state.cache.reorder(parents)
     return _State(state.step + 1, cache, _split(answers))
 
 
@@ -438,26 +436,3 @@ def _continue_beams(
 def _take(x: jax.Array, index: jax.Array) -> jax.Array:
     """x [B, W, ...], index int [B, W'] -> [B, W', ...]."""
     return jax.vmap(lambda row, i: row[i])(x, index)
-
-
-def _map_rows(cache: KVCache, function: Callable[[jax.Array, int], jax.Array]) -> KVCache:
-    """The cache with `function(array, axis)` done to its batch axes."""
-    return dataclasses.replace(
-        cache, keys=function(cache.keys, 1), values=function(cache.values, 1), mask=function(cache.mask, 0)
-    )
-
-
-def _repeat(cache: KVCache, beams: int) -> KVCache:
-    return _map_rows(cache, lambda x, axis: jnp.repeat(x, beams, axis))
-
-
-def _reorder(cache: KVCache, parents: jax.Array) -> KVCache:
-    """Each beam goes on with its parent's cache: parents int [B, W]."""
-
-    def reorder(x: jax.Array, axis: int) -> jax.Array:
-        # Within an example, so that on a mesh nothing of the cache is sent.
-        apart = x.reshape(*x.shape[:axis], *parents.shape, *x.shape[axis + 1 :])
-        take = functools.partial(jnp.take, axis=axis, mode="clip")
-        return jax.vmap(take, in_axes=(axis, 0), out_axes=axis)(apart, parents).reshape(x.shape)
-
-    return _map_rows(cache, reorder)

@@ -130,6 +130,13 @@ class RMSNorm(nnx.RMSNorm):
         return super().__call__(x).astype(x.dtype)
 
 
+def sinusoids(positions: jax.Array, width: int) -> jax.Array:
+    """float32 [N, width]: sines, then cosines, of positions [N], with periods from 6 to 6,000."""
+    frequencies = 1000.0 ** -jnp.linspace(0, 1, (width + 1) // 2)
+    angles = positions[:, None] * frequencies
+    return jnp.concatenate([jnp.sin(angles), jnp.cos(angles)], 1)[:, :width]
+
+
 def dropout(x: jax.Array, rate: float, key: jax.Array | None) -> jax.Array:
     """Drops entries of x with probability `rate`; without a key (evaluation) x itself."""
     if key is None or rate == 0.0:

@@ -6,79 +6,93 @@ queries and text share the self-attention, and who may look at whom tells the th
 and inference need the query half alone. After Qformer.py of the reference (BLIP-2's, from LAVIS).
 """
 
-import dataclasses
-from typing import Any
+from typing import Annotated, Any, Literal
 
 import jax
 import jax.numpy as jnp
+import pydantic
 from flax import nnx
 from jax.typing import DTypeLike
 
-from sparqle_jax import layers
+from sparqle_jax import flops, layers
 from sparqle_jax.sharding import split_batch
 
+Positive = Annotated[int, pydantic.Field(ge=1)]
 # Keys and values: of one layer each [B, C, N, H]; of all layers with these as their first dimension.
 KeysValues = tuple[jax.Array, jax.Array]
 
 
-@dataclasses.dataclass(frozen=True)
-class QFormerConfig:
+class Config(pydantic.BaseModel, frozen=True, extra="forbid", strict=True):
     """Sizes of a Q-Former; names and defaults as in BERT's configuration where it has them.
 
-    encoder_width: width D of the frames. text: whether the text half is there (stage 1).
-    span_frames: 0 is the paper's: nothing but the encoder tells a frame's place. Otherwise sinusoids of its
-    place are added to each frame, and the queries start as those of places evenly over so many frames: they
+    span_frames: 0 is the paper's: nothing but the encoder tells a frame's position. Otherwise sinusoids of it
+    are added to each frame, and the queries start as those of positions evenly over so many frames: they
     begin by reading from left to right, without which a small model takes very long to learn.
     """
 
-    encoder_width: int = 1024
-    num_queries: int = 100
-    span_frames: int = 0
-    cross_attention_freq: int = 2
-    hidden_size: int = 768
-    num_hidden_layers: int = 12
-    num_attention_heads: int = 12
-    intermediate_size: int = 3072
+    kind: Literal["qformer"] = "qformer"
+    num_queries: Positive = 100
+    span_frames: Annotated[int, pydantic.Field(ge=0)] = 0
+    cross_attention_freq: Positive = 2
+    hidden_size: Positive = 768
+    num_hidden_layers: Positive = 12
+    num_attention_heads: Positive = 12
+    intermediate_size: Positive = 3072
     hidden_act: str = "gelu"
     layer_norm_eps: float = 1e-12
     hidden_dropout_prob: float = 0.1
     attention_probs_dropout_prob: float = 0.1
-    text: bool = True
-    vocab_size: int = 30523  # bert-base-uncased and [DEC]
-    max_position_embeddings: int = 512
-    bos_token_id: int = 30522  # [DEC], which begins a text to generate
+    max_position_embeddings: Positive = 512  # of its text half
 
-    def __post_init__(self):
-        for name in ("num_queries", "cross_attention_freq", "num_hidden_layers"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name}={getattr(self, name)} must be at least 1.")
+    @property
+    def width(self) -> int:
+        return self.hidden_size
+
+    @property
+    def min_frames(self) -> int:
+        return 1
 
     @property
     def num_cross_attentions(self) -> int:
         return -(-self.num_hidden_layers // self.cross_attention_freq)
 
-    @classmethod
-    def from_bert(cls, config: dict[str, Any], **sizes) -> "QFormerConfig":
-        """Reads a BERT `config.json`; `sizes` sets the rest. The vocabulary grows by one, for [DEC].
+    def num_tokens(self, frames):
+        """As many as there are queries, whatever the frames (int or array)."""
+        return frames * 0 + self.num_queries
 
-        Raises ValueError for a BERT whose positions are not absolute embeddings.
-        """
-        if config.get("position_embedding_type", "absolute") != "absolute":
-            raise ValueError(
-                f"position_embedding_type={config['position_embedding_type']!r} is not supported; "
-                "the Q-Former starts from a BERT with 'absolute' position embeddings."
-            )
-        names = [field.name for field in dataclasses.fields(cls)]
-        values = {name: config[name] for name in names if name in config}
-        vocab_size = config.get("vocab_size", 30522)
-        values.update(vocab_size=vocab_size + 1, bos_token_id=vocab_size)
-        return cls(**{**values, **sizes})
+    def flops(self, size: int, frames: int, frames_width: int, frames_gradient: bool = False) -> int:
+        """Forward and backward. The frames' norm trains, so products with frames have all gradients."""
+        return flops.TRAINED * self.forward_flops(
+            size, queries=self.num_queries, frames=frames, frames_width=frames_width
+        )
+
+    def forward_flops(
+        self,
+        size: int,
+        *,
+        queries: int = 0,
+        text: int = 0,
+        frames: int = 0,
+        frames_width: int = 0,
+        cached: int = 0,
+    ) -> int:
+        """Forward: `size` examples of `queries` and `text` tokens, which see `cached` tokens as well."""
+        width, tokens, layers = self.hidden_size, queries + text, self.num_hidden_layers
+        total = layers * 4 * flops.linear(size * tokens, width, width)
+        total += layers * flops.attention(size, tokens, tokens + cached, width)
+        total += layers * 2 * flops.linear(size * tokens, width, self.intermediate_size)
+        if not queries:
+            return total
+        reading = 2 * flops.linear(size * queries, width, width)
+        reading += 2 * flops.linear(size * frames, frames_width, width)
+        reading += flops.attention(size, queries, frames, width)
+        return total + self.num_cross_attentions * reading
 
 
 class FeedForward(nnx.Module):
     """BERT's feed-forward: up, activation, down, dropout, residual, norm."""
 
-    def __init__(self, config: QFormerConfig, *, dtype: DTypeLike, param_dtype: DTypeLike, rngs: nnx.Rngs):
+    def __init__(self, config: Config, *, dtype: DTypeLike, param_dtype: DTypeLike, rngs: nnx.Rngs):
         kwargs = dict(dtype=dtype, param_dtype=param_dtype, rngs=rngs)
         self.up = layers.linear(config.hidden_size, config.intermediate_size, ("embed", "mlp"), **kwargs)
         self.down = layers.linear(config.intermediate_size, config.hidden_size, ("mlp", "embed"), **kwargs)
@@ -97,7 +111,7 @@ class AttentionBlock(nnx.Module):
 
     def __init__(
         self,
-        config: QFormerConfig,
+        config: Config,
         source_width: int,
         *,
         dtype: DTypeLike,
@@ -130,11 +144,13 @@ class QFormerLayer(nnx.Module):
     """Self-attention over queries and text; a feed-forward for each half; for queries also a cross-attention,
     which only some layers have: it is given."""
 
-    def __init__(self, config: QFormerConfig, *, dtype: DTypeLike, param_dtype: DTypeLike, rngs: nnx.Rngs):
+    def __init__(
+        self, config: Config, text: bool, *, dtype: DTypeLike, param_dtype: DTypeLike, rngs: nnx.Rngs
+    ):
         kwargs = dict(dtype=dtype, param_dtype=param_dtype, rngs=rngs)
         self.self_attention = AttentionBlock(config, config.hidden_size, **kwargs)
         self.query_mlp = FeedForward(config, **kwargs)
-        self.text_mlp = FeedForward(config, **kwargs) if config.text else None
+        self.text_mlp = FeedForward(config, **kwargs) if text else None
 
     def __call__(
         self,
@@ -169,17 +185,21 @@ class QFormerLayer(nnx.Module):
         return jnp.concatenate([queries, text], 1), keys_values
 
 
-class QFormer(nnx.Module):
+class Adapter(nnx.Module):
     """Frames [B, T, D] -> queries [B, Q, A]; with the text half also text features, matching and an LM.
 
-    Every method takes `key`: with one, dropout is on (training); without, off. Masks are bool, 1 = real.
-    Frames are the encoder's own: their layer norm (`ln_speech` in the reference) is part of the adapter.
+    vocab_size: of the text half (stage 1), its last token, [DEC], beginning a text to generate; None: there is
+    no text half. Every method takes `key`: with one, dropout is on (training); without, off. Masks are bool,
+    1 = real. Frames are the encoder's own: their layer norm (`ln_speech` in the reference) is part of the
+    adapter.
     """
 
     def __init__(
         self,
-        config: QFormerConfig,
+        config: Config,
+        frames_width: int,
         *,
+        vocab_size: int | None = None,
         dtype: DTypeLike = jnp.float32,
         param_dtype: DTypeLike = jnp.float32,
         rngs: nnx.Rngs,
@@ -187,39 +207,47 @@ class QFormer(nnx.Module):
         kwargs = dict(dtype=dtype, param_dtype=param_dtype, rngs=rngs)
         norm = dict(param_dtype=param_dtype, rngs=rngs)
         width, eps = config.hidden_size, config.layer_norm_eps
-        self.config, self.dtype = config, dtype
-        self.frames_norm = layers.LayerNorm(config.encoder_width, 1e-5, **norm)
+        self.config, self.dtype, self.vocab_size = config, dtype, vocab_size
+        self.frames_norm = layers.LayerNorm(frames_width, 1e-5, **norm)
         queries = nnx.initializers.normal(0.02)(rngs.params(), (1, config.num_queries, width), param_dtype)
         if config.span_frames:
-            places = (jnp.arange(config.num_queries) + 0.5) * config.span_frames / config.num_queries
-            queries += sinusoids(places, width).astype(param_dtype)
+            positions = (jnp.arange(config.num_queries) + 0.5) * config.span_frames / config.num_queries
+            queries += layers.sinusoids(positions, width).astype(param_dtype)
         self.query_tokens = nnx.Param(queries, axes=(None, None, "embed"))
         self.embeddings_norm = layers.LayerNorm(width, eps, **norm)
         kinds = dict(dtype=dtype, param_dtype=param_dtype)
         self.layers = layers.stack(
-            lambda rngs: QFormerLayer(config, **kinds, rngs=rngs), config.num_hidden_layers, rngs
+            lambda rngs: QFormerLayer(config, vocab_size is not None, **kinds, rngs=rngs),
+            config.num_hidden_layers,
+            rngs,
         )
         self.cross_attentions = layers.stack(
-            lambda rngs: AttentionBlock(config, config.encoder_width, **kinds, rngs=rngs),
+            lambda rngs: AttentionBlock(config, frames_width, **kinds, rngs=rngs),
             config.num_cross_attentions,
             rngs,
         )
-        if config.text:
+        if vocab_size is not None:
             # Embeddings are looked up in float32: the residual stream starts here.
             table = dict(dtype=jnp.float32, param_dtype=param_dtype, rngs=rngs)
             # Not split by vocabulary: 30,523 divides by no mesh.
             axes = (None, "embed")
-            self.word_embeddings = layers.Embedding(config.vocab_size, width, axes, **table)
+            self.word_embeddings = layers.Embedding(vocab_size, width, axes, **table)
             self.position_embeddings = layers.Embedding(config.max_position_embeddings, width, axes, **table)
             self.lm_transform = layers.linear(width, width, ("embed", None), **kwargs)
             self.lm_norm = layers.LayerNorm(width, eps, **norm)
-            self.lm_bias = nnx.Param(jnp.zeros(config.vocab_size, param_dtype), axes=(None,))
+            self.lm_bias = nnx.Param(jnp.zeros(vocab_size, param_dtype), axes=(None,))
 
     def __call__(
         self, frames: jax.Array, frames_mask: jax.Array | None = None, key: jax.Array | None = None
-    ) -> jax.Array:
-        """frames [B, T, D] -> queries float32 [B, Q, A]: the interface of every adapter."""
-        return self.encode_queries(frames, frames_mask, key)[0]
+    ) -> tuple[jax.Array, jax.Array]:
+        """frames [B, T, D] -> queries float32 [B, Q, A], all of them real: mask bool [B, Q]."""
+        queries = self.encode_queries(frames, frames_mask, key)[0]
+        return queries, jnp.ones(queries.shape[:2], bool)
+
+    @property
+    def bos_token_id(self) -> int:
+        """[DEC], which begins a text to generate."""
+        return self.vocab_size - 1
 
     def encode_queries(
         self, frames: jax.Array, frames_mask: jax.Array | None = None, key: jax.Array | None = None
@@ -236,8 +264,8 @@ class QFormer(nnx.Module):
         x = self._start(self._expanded_queries(batch), embed_key)
         return self._run(x, self.config.num_queries, None, frames, frames_mask, None, layers_key)
 
-    def listening(self, frames: jax.Array, frames_mask: jax.Array | None = None) -> jax.Array:
-        """Which frames each query reads: the weights of every cross-attention, the mean of its heads.
+    def attention(self, frames: jax.Array, frames_mask: jax.Array | None = None) -> jax.Array:
+        """How much each query reads of each frame: the weights of every cross-attention, the mean of its heads.
 
         frames [B, T, D] -> float32 [layers with cross-attention, B, Q, T], each row of sum 1.
         """
@@ -321,8 +349,8 @@ class QFormer(nnx.Module):
         return jnp.broadcast_to(queries, (batch, *queries.shape[1:]))
 
     def _embed_text(self, ids: jax.Array, mask: jax.Array) -> jax.Array:
-        if not self.config.text:
-            raise ValueError("this Q-Former has no text half: build it with QFormerConfig(text=True).")
+        if self.vocab_size is None:
+            raise ValueError("this Q-Former has no text half: build it with vocab_size=.")
         if ids.shape[1] > self.config.max_position_embeddings:
             raise ValueError(
                 f"texts are padded to {ids.shape[1]} tokens but the Q-Former has "
@@ -339,7 +367,7 @@ class QFormer(nnx.Module):
         """Frames [B, T, D] as the cross-attentions read them: normed, with their places."""
         frames = self.frames_norm(frames)
         if self.config.span_frames:
-            frames += sinusoids(jnp.arange(frames.shape[1]), frames.shape[2]).astype(frames.dtype)
+            frames += layers.sinusoids(jnp.arange(frames.shape[1]), frames.shape[2]).astype(frames.dtype)
         return frames
 
     def _run(
@@ -403,13 +431,6 @@ class QFormer(nnx.Module):
 
 def _at(stacked: Any, index: int | slice) -> Any:
     return jax.tree.map(lambda x: x[index], stacked)
-
-
-def sinusoids(places: jax.Array, width: int) -> jax.Array:
-    """float32 [N, width]: sines, then cosines, of places [N], with periods from 6 to 6,000."""
-    frequencies = 1000.0 ** -jnp.linspace(0, 1, (width + 1) // 2)
-    angles = places[:, None] * frequencies
-    return jnp.concatenate([jnp.sin(angles), jnp.cos(angles)], 1)[:, :width]
 
 
 def _split(key: jax.Array | None):

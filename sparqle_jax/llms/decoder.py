@@ -8,6 +8,7 @@ modeling_llama.py, modeling_mistral.py, modeling_qwen2.py and modeling_qwen3.py.
 import dataclasses
 import functools
 import math
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -17,14 +18,16 @@ from flax import nnx
 from jax.sharding import PartitionSpec
 from jax.typing import DTypeLike
 
-from sparqle_jax import layers
+from sparqle_jax import flops, layers
 from sparqle_jax.sharding import BATCH_AXES, batch_parts, split_batch
+from sparqle_jax.tables import Rule, Table, linear
 
+PREFIXES = ()
 ROPE_TYPES = ("default", "linear", "llama3")
 
-# The supported model types, and what their configurations default to where it is not Llama's default.
+# The defaults of each model type's configuration, where they are not Llama's.
 _QWEN = dict(vocab_size=151936, intermediate_size=22016, max_position_embeddings=32768)
-FAMILIES: dict[str, dict[str, int]] = {
+DEFAULTS: dict[str, dict[str, int]] = {
     "llama": dict(),
     "mistral": dict(intermediate_size=14336, num_key_value_heads=8, max_position_embeddings=131072),
     "qwen2": _QWEN,
@@ -47,7 +50,7 @@ class RopeScaling:
 
 
 @dataclasses.dataclass(frozen=True)
-class DecoderConfig:
+class Config:
     """Sizes and switches of a decoder-only language model, under transformers' names where it has them.
 
     sliding_windows: one entry per layer, how many positions back a token may look (None: all);
@@ -80,16 +83,36 @@ class DecoderConfig:
                 f"num_key_value_heads={self.num_key_value_heads}."
             )
 
+    @property
+    def width(self) -> int:
+        return self.hidden_size
+
+    @property
+    def max_tokens(self) -> int:
+        return self.max_position_embeddings
+
+    def flops(self, size: int, prompt: int, answer: int) -> tuple[int, int]:
+        """Forward over `size` prompts and answers: of the layers' linear maps, and of their attention."""
+        # The last token of the answer predicts nothing, so it is not read.
+        length = prompt + answer - 1
+        width, rows = self.hidden_size, size * length
+        heads = self.num_attention_heads * self.head_dim
+        kv_heads = self.num_key_value_heads * self.head_dim
+        linear = 2 * flops.linear(rows, width, heads) + 2 * flops.linear(rows, width, kv_heads)
+        linear += 3 * flops.linear(rows, width, self.intermediate_size)
+        layers = self.num_hidden_layers
+        return layers * linear, layers * flops.attention(size, length, length, heads)
+
     @classmethod
-    def from_dict(cls, config: dict[str, Any]) -> "DecoderConfig":
-        """Reads the `config.json` of a family in FAMILIES, as transformers 4 or 5 wrote it.
+    def from_dict(cls, config: dict[str, Any]) -> "Config":
+        """Reads the `config.json` of a model type in DEFAULTS, as transformers 4 or 5 wrote it.
 
         Raises ValueError for another model_type, and for a kind of rope scaling that is not in ROPE_TYPES.
         """
         family = config.get("model_type")
-        if family not in FAMILIES:
-            raise ValueError(f"model_type={family!r} is not supported; supported: {list(FAMILIES)}.")
-        defaults = FAMILIES[family]
+        if family not in DEFAULTS:
+            raise ValueError(f"model_type={family!r} is not supported; supported: {list(DEFAULTS)}.")
+        defaults = DEFAULTS[family]
         names = [field.name for field in dataclasses.fields(cls)]
         given = {k: v for k, v in config.items() if k in names and v is not None and k != "rope_scaling"}
         values = {**defaults, **given}
@@ -146,7 +169,7 @@ def _read_windows(config: dict[str, Any], num_layers: int) -> tuple[int | None, 
     return windows if any(window is not None for window in windows) else ()
 
 
-def rope_frequencies(config: DecoderConfig) -> np.ndarray:
+def rope_frequencies(config: Config) -> np.ndarray:
     """Radians per position for each pair of dimensions of a head: float32 [head_dim / 2]."""
     exponents = np.arange(0, config.head_dim, 2, dtype=np.float32) / np.float32(config.head_dim)
     frequencies = (1.0 / np.float32(config.rope_theta) ** exponents).astype(np.float32)
@@ -185,26 +208,78 @@ class KVCache:
     mask: jax.Array
     length: jax.Array
 
+    def _map_rows(self, function: Callable[[jax.Array, int], jax.Array]) -> "KVCache":
+        """The cache with `function(array, axis)` done to its batch axes."""
+        return dataclasses.replace(
+            self, keys=function(self.keys, 1), values=function(self.values, 1), mask=function(self.mask, 0)
+        )
 
-def split_cache(cache: KVCache) -> KVCache:
-    """Inside a program for a mesh: keeps a cache split by examples and by heads, where the mesh divides them.
+    def take(self, rows: jax.Array) -> "KVCache":
+        """These rows int [B'] alone."""
+        return self._map_rows(lambda x, axis: jnp.take(x, rows, axis)).split()
 
-    Without a mesh it is the cache itself.
-    """
-    mesh = jax.sharding.get_abstract_mesh()
-    if mesh.empty:
-        return cache
-    _, batch, _, heads, _ = cache.keys.shape
-    rows = None if batch % batch_parts(mesh) else BATCH_AXES
-    kept = PartitionSpec(None, rows, None, None if heads % mesh.shape["model"] else "model")
-    specs = KVCache(kept, kept, PartitionSpec(rows), PartitionSpec())
-    return jax.lax.with_sharding_constraint(cache, specs)
+    def repeat(self, beams: int) -> "KVCache":
+        """Each row `beams` times."""
+        return self._map_rows(lambda x, axis: jnp.repeat(x, beams, axis))
+
+    def reorder(self, parents: jax.Array) -> "KVCache":
+        """Each of the rows [B * W] as its parent int [B, W] among the beams of its example."""
+
+        def reorder(x: jax.Array, axis: int) -> jax.Array:
+            # Within an example, so that on a mesh nothing of the cache is sent.
+            apart = x.reshape(*x.shape[:axis], *parents.shape, *x.shape[axis + 1 :])
+            take = functools.partial(jnp.take, axis=axis, mode="clip")
+            return jax.vmap(take, in_axes=(axis, 0), out_axes=axis)(apart, parents).reshape(x.shape)
+
+        return self._map_rows(reorder).split()
+
+    def split(self) -> "KVCache":
+        """Inside a program for a mesh: kept split by examples and by heads, where the mesh divides them.
+
+        Without a mesh it is the cache itself.
+        """
+        mesh = jax.sharding.get_abstract_mesh()
+        if mesh.empty:
+            return self
+        _, batch, _, heads, _ = self.keys.shape
+        rows = None if batch % batch_parts(mesh) else BATCH_AXES
+        kept = PartitionSpec(None, rows, None, None if heads % mesh.shape["model"] else "model")
+        specs = KVCache(kept, kept, PartitionSpec(rows), PartitionSpec())
+        return jax.lax.with_sharding_constraint(self, specs)
+
+
+_TABLE = Table(
+    rules=(
+        Rule("embeddings.embedding", "model.embed_tokens.weight"),
+        *linear("layers.query", "model.layers.{i}.self_attn.q_proj"),
+        *linear("layers.key", "model.layers.{i}.self_attn.k_proj"),
+        *linear("layers.value", "model.layers.{i}.self_attn.v_proj"),
+        *linear("layers.out", "model.layers.{i}.self_attn.o_proj"),
+        Rule("layers.query_norm.scale", "model.layers.{i}.self_attn.q_norm.weight"),
+        Rule("layers.key_norm.scale", "model.layers.{i}.self_attn.k_norm.weight"),
+        Rule("layers.attention_norm.scale", "model.layers.{i}.input_layernorm.weight"),
+        Rule("layers.mlp_norm.scale", "model.layers.{i}.post_attention_layernorm.weight"),
+        *linear("layers.gate", "model.layers.{i}.mlp.gate_proj"),
+        *linear("layers.up", "model.layers.{i}.mlp.up_proj"),
+        *linear("layers.down", "model.layers.{i}.mlp.down_proj"),
+        Rule("norm.scale", "model.norm.weight"),
+        Rule("lm_head.kernel", "lm_head.weight", (1, 0)),
+    ),
+    ignored=(r"model\.layers\.\d+\.self_attn\.rotary_emb\.inv_freq",),
+)
+
+
+def table(config: Config) -> Table:
+    """Which tensor of a transformers file is which parameter."""
+    if not config.tie_word_embeddings:
+        return _TABLE
+    return dataclasses.replace(_TABLE, copies={"lm_head.weight": "model.embed_tokens.weight"})
 
 
 class DecoderLayer(nnx.Module):
     """Self-attention with rotary positions, then the gated feed-forward; RMS norm before each."""
 
-    def __init__(self, config: DecoderConfig, *, dtype: DTypeLike, param_dtype: DTypeLike, rngs: nnx.Rngs):
+    def __init__(self, config: Config, *, dtype: DTypeLike, param_dtype: DTypeLike, rngs: nnx.Rngs):
         kwargs = dict(dtype=dtype, param_dtype=param_dtype, rngs=rngs)
         width, mlp, head = config.hidden_size, config.intermediate_size, config.head_dim
         heads, kv_heads = config.num_attention_heads * head, config.num_key_value_heads * head
@@ -248,16 +323,18 @@ class DecoderLayer(nnx.Module):
         return x + self.down(layers.activation(self.activation)(self.gate(normed)) * self.up(normed))
 
 
-class Decoder(nnx.Module):
+class LLM(nnx.Module):
     """A decoder-only language model: embeddings or ids in, hidden states out; `logits` turns those to scores.
 
     dtype: of the matrix products; param_dtype: of the parameters; remat: a key of
     `layers.REMAT_POLICIES`: what the backward pass recomputes instead of keeping.
     """
 
+    TRAINED = ()
+
     def __init__(
         self,
-        config: DecoderConfig,
+        config: Config,
         *,
         dtype: DTypeLike = jnp.float32,
         param_dtype: DTypeLike = jnp.float32,
@@ -299,14 +376,38 @@ class Decoder(nnx.Module):
         """An empty cache for `batch` sequences of at most `size` tokens, padding included."""
         config = self.config
         shape = (config.num_hidden_layers, batch, size, config.num_key_value_heads, config.head_dim)
-        return split_cache(
-            KVCache(
-                keys=jnp.zeros(shape, self.dtype),
-                values=jnp.zeros(shape, self.dtype),
-                mask=jnp.zeros((batch, size), bool),
-                length=jnp.zeros((), jnp.int32),
-            )
-        )
+        return KVCache(
+            keys=jnp.zeros(shape, self.dtype),
+            values=jnp.zeros(shape, self.dtype),
+            mask=jnp.zeros((batch, size), bool),
+            length=jnp.zeros((), jnp.int32),
+        ).split()
+
+    def answer_states(
+        self, prompt: jax.Array, prompt_mask: jax.Array, answer: jax.Array, answer_mask: jax.Array
+    ) -> jax.Array:
+        """The states that predict each token of an answer, for `logits`: hidden [B, L, M].
+
+        prompt [B, P, M] and its mask bool [B, P]; answer int [B, L] and its mask.
+        """
+        # The last token of the answer predicts nothing, so it need not be read.
+        embeddings = jnp.concatenate([prompt, self.embed(answer[:, :-1])], 1)
+        mask = jnp.concatenate([prompt_mask, answer_mask[:, :-1]], 1)
+        hidden, _ = self(embeddings, mask)
+        length = prompt.shape[1]
+        first = last_real(hidden[:, :length], prompt_mask)  # which predicts the answer's first token
+        return jnp.concatenate([first[:, None], hidden[:, length:]], 1)
+
+    def prefill(self, prompt: jax.Array, mask: jax.Array, size: int) -> tuple[jax.Array, KVCache]:
+        """Reads prompts [B, P, M], mask bool [B, P]: the states [B, M] that predict their answers' first
+        tokens, and a cache of `size` tokens that holds them."""
+        hidden, cache = self(prompt, mask, self.init_cache(prompt.shape[0], size))
+        return last_real(hidden, mask), cache
+
+    def step(self, ids: jax.Array, cache: KVCache) -> tuple[jax.Array, KVCache]:
+        """One token int [B] more for each row: the states [B, M] that predict the next, and the cache."""
+        hidden, cache = self(ids[:, None], None, cache)
+        return hidden[:, 0], cache
 
     def __call__(
         self, inputs: jax.Array, mask: jax.Array | None = None, cache: KVCache | None = None
@@ -367,5 +468,11 @@ class Decoder(nnx.Module):
         with jax.named_scope("layers"):
             (x, keys, values), _ = layers.scan(self.layers, step, carry, xs, remat=self.remat)
         if cache is not None:
-            cache = split_cache(KVCache(keys, values, keys_mask, start + length))
+            cache = KVCache(keys, values, keys_mask, start + length).split()
         return self.norm(x), cache
+
+
+def last_real(hidden: jax.Array, mask: jax.Array) -> jax.Array:
+    """The state of each row's last real position: hidden [B, L, M], mask bool [B, L] -> [B, M]."""
+    last = mask.shape[1] - 1 - jnp.argmax(mask[:, ::-1], 1)
+    return jnp.take_along_axis(hidden, last[:, None, None], 1)[:, 0]

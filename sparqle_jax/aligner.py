@@ -1,0 +1,173 @@
+"""Stage 1 of SparQLe: speech and text meet in the Q-Former, without the LLM (STC + STM + STG).
+
+The shape letters are those of `model.py`.
+"""
+
+from collections.abc import Sequence
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax.typing import DTypeLike
+
+from sparqle_jax import flops, layers, losses
+from sparqle_jax.model import Batch, encode_speech, encoder_flops
+
+
+STAGE_1_LOSSES = ("stc", "stm", "stg")
+
+
+class AlignmentHeads(nnx.Module):
+    """What stage 1 trains besides the adapter: the heads of its losses."""
+
+    def __init__(
+        self, adapter_width: int, embed_dim: int = 256, *, dtype: DTypeLike = jnp.float32, rngs: nnx.Rngs
+    ):
+        kwargs = dict(dtype=dtype, param_dtype=jnp.float32, rngs=rngs)
+        self.speech_projection = layers.linear(adapter_width, embed_dim, ("embed", None), **kwargs)
+        self.text_projection = layers.linear(adapter_width, embed_dim, ("embed", None), **kwargs)
+        self.matching = layers.linear(adapter_width, 2, ("embed", None), **kwargs)
+        self.temperature = nnx.Param(jnp.float32(0.07), axes=())
+
+    def speech_features(self, queries: jax.Array) -> jax.Array:
+        """queries [B, Q, A] -> float32 [B, Q, E] of length 1."""
+        return _normalise(self.speech_projection(queries))
+
+    def text_features(self, text: jax.Array) -> jax.Array:
+        """The encoded text [B, L, A] -> float32 [B, E] of length 1, from its first token."""
+        return _normalise(self.text_projection(text[:, 0]))
+
+
+class Aligner(nnx.Module):
+    """Stage 1: speech and text meet in the Q-Former, without the LLM.
+
+    batch: waveform float [B, S], waveform_mask bool [B, S], text int [B, L] (the adapter's tokens,
+    from its [CLS] on), text_mask bool [B, L], recording_id int [B] (equal for texts of one recording).
+    losses: which of STAGE_1_LOSSES are trained on, for ablations.
+    """
+
+    def __init__(
+        self,
+        encoder: nnx.Module,
+        adapter: nnx.Module,
+        heads: AlignmentHeads,
+        *,
+        losses: Sequence[str] = STAGE_1_LOSSES,
+    ):
+        if not hasattr(adapter, "encode_pairs"):
+            raise ValueError(
+                f"stage 1 compares speech with text in the adapter, and kind={adapter.config.kind!r} has no text "
+                "half (qformer has): leave stage 1 out (--set stage1=null), or choose that adapter."
+            )
+        if unknown := set(losses) - set(STAGE_1_LOSSES):
+            raise ValueError(f"losses {sorted(unknown)} do not exist; choose among {list(STAGE_1_LOSSES)}.")
+        self.encoder, self.adapter, self.heads = encoder, adapter, heads
+        self.losses = tuple(losses)
+
+    def matching_logits(
+        self,
+        frames: jax.Array,
+        frames_mask: jax.Array | None,
+        text: jax.Array,
+        text_mask: jax.Array,
+        negatives: tuple[jax.Array, jax.Array],
+        key: jax.Array | None = None,
+    ) -> jax.Array:
+        """float32 [3B, 2]: of the pairs, of texts with wrong recordings, of recordings with wrong texts.
+
+        negatives: indices int [B] of the wrong recordings and of the wrong texts.
+        """
+        wrong_speech, wrong_text = negatives
+        if frames_mask is not None:
+            frames_mask = jnp.concatenate([frames_mask, frames_mask[wrong_speech], frames_mask])
+        queries = self.adapter.encode_pairs(
+            jnp.concatenate([frames, frames[wrong_speech], frames]),
+            frames_mask,
+            jnp.concatenate([text, text, text[wrong_text]]),
+            jnp.concatenate([text_mask, text_mask, text_mask[wrong_text]]),
+            key,
+        )
+        return self.heads.matching(queries).astype(jnp.float32).mean(1)
+
+    def loss(
+        self,
+        batch: Batch,
+        key: jax.Array,
+        *,
+        train: bool = True,
+        negatives: tuple[jax.Array, jax.Array] | None = None,
+    ) -> tuple[jax.Array, dict[str, jax.Array]]:
+        """The sum of the losses, and each by name.
+
+        negatives: the indices of the hard negatives, in place of drawing them (see `matching_logits`).
+        """
+        frames, frames_mask = encode_speech(self.encoder, batch)
+        text, text_mask, ids = (jnp.asarray(batch[k]) for k in ("text", "text_mask", "recording_id"))
+        negatives_key, *keys = jax.random.split(key, 5)
+        speech_key, text_key, pairs_key, causal_key = keys if train else [None] * 4
+
+        queries, cache = self.adapter.encode_queries(frames, frames_mask, speech_key)
+        parts = {}
+        if "stc" in self.losses or "stm" in self.losses:  # hard negatives are drawn by similarity
+            encoded_text = self.adapter.encode_text(text, text_mask, text_key)
+            similarities = losses.similarity(
+                self.heads.speech_features(queries),
+                self.heads.text_features(encoded_text),
+                self.heads.temperature[...],
+            )
+        if "stc" in self.losses:
+            parts["stc"] = losses.contrastive_loss(similarities, ids)
+        if "stm" in self.losses:
+            if negatives is None:
+                negatives = losses.draw_negatives(negatives_key, similarities, ids)
+            logits = self.matching_logits(frames, frames_mask, text, text_mask, negatives, pairs_key)
+            parts["stm"] = losses.matching_loss(logits, ids)
+        if "stg" in self.losses:
+            decoder_text = text.at[:, 0].set(self.adapter.bos_token_id)
+            hidden = self.adapter.encode_text_causally(decoder_text, text_mask, cache, causal_key)
+            parts["stg"] = losses.token_loss(
+                hidden[:, :-1], text[:, 1:], text_mask[:, 1:], self.adapter.lm_logits, label_smoothing=0.1
+            )
+        return sum(parts.values()), parts
+
+    def flops(self, batch: Batch) -> dict[str, int]:
+        """Matrix products of one training step, by part of the model. See `SpeechLLM.flops`."""
+        config, embed_dim = self.adapter.config, self.heads.speech_projection.out_features
+        encoder, (size, frames) = encoder_flops(self.encoder, batch)
+        queries, width, text = config.num_queries, config.width, batch["text"].shape[1]
+        reading = dict(queries=queries, frames=frames, frames_width=self.encoder.config.width)
+
+        # STC trains what it compares. STM alone compares only to draw its negatives.
+        comparing = flops.TRAINED if "stc" in self.losses else flops.FORWARD if "stm" in self.losses else 0
+        # STG reads no more than keys and values of the queries, but a layer is computed as a whole.
+        speaking = flops.TRAINED if "stg" in self.losses else comparing
+        heads = comparing * (
+            flops.linear(size * queries, width, embed_dim)
+            + flops.linear(size, width, embed_dim)  # of a text, its first token
+            + flops.linear(size * queries, embed_dim, size)  # the similarities
+        )
+        parts = {
+            "encoder": encoder,
+            "adapter, speech": speaking * config.forward_flops(size, **reading),
+            "adapter, text": comparing * config.forward_flops(size, text=text),
+        }
+        if "stm" in self.losses:
+            pairs = config.forward_flops(3 * size, text=text, **reading)
+            parts["adapter, pairs"] = flops.TRAINED * pairs
+            heads += flops.TRAINED * flops.linear(3 * size * queries, width, 2)
+        if "stg" in self.losses:
+            written = config.forward_flops(size, text=text, cached=queries)
+            parts["adapter, text to generate"] = flops.TRAINED * written
+            positions = size * flops.in_blocks(text - 1)
+            head = flops.linear(positions, width, width) + flops.linear(
+                positions, width, self.adapter.vocab_size
+            )
+            parts["adapter, LM head"] = flops.TRAINED * head
+        return parts | {"heads": heads}
+
+
+def _normalise(x: jax.Array) -> jax.Array:
+    """To length 1 over the last dimension, in float32; as torch's F.normalize, zero stays zero."""
+    x = x.astype(jnp.float32)
+    # The square root's derivative at zero is infinite, so the floor is under the root.
+    return x * jax.lax.rsqrt(jnp.maximum(jnp.square(x).sum(-1, keepdims=True), 1e-24))
