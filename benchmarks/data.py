@@ -31,7 +31,7 @@ from sparqle_jax.data.plan import Plan, choose_buckets
 from sparqle_jax.data.sources import Manifest
 from sparqle_jax.demo import grammar, speech
 from sparqle_jax.demo.__main__ import MODELS
-from sparqle_jax.llms.decoder import DecoderConfig
+from sparqle_jax.llms.decoder import Config as DecoderConfig
 
 CORES = os.cpu_count() or 1
 BATCH_SIZE = 16
@@ -104,7 +104,7 @@ def pipeline(folder: Path) -> tuple[Callable[[], Iterator], float]:
     """The pipeline of training over all batches of EPOCHS epochs, and the hours of audio that are timed."""
     corpus = Corpus([DataSet(folder / "data")])
     plan = Plan(corpus.num_samples, choose_buckets(corpus.num_samples, 8), BATCH_SIZE, seed=0)
-    waveforms = Waveforms(corpus, audio.FeatureExtractor(), 30.0)
+    waveforms = Waveforms(corpus, 30.0)
     vocab_size = DecoderConfig.from_dict(json.loads((MODELS / "llm/config.json").read_text())).vocab_size
     prompter = prompts.Prompter.from_folder(MODELS / "llm", vocab_size)
     examples = InstructionExamples(corpus, waveforms, prompter, vocab_size, [{"transcribe": 1.0}], plan)

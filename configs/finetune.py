@@ -3,15 +3,15 @@
     python -m sparqle_jax.data.prepare manifest data/mine --manifest mine.jsonl --max-seconds 3
     python -m sparqle_jax.train configs/finetune.py --set data.train=data/mine --set run=runs/mine
 
-Here it is the miniature, which hears 3 s at once. For another model set adapter.start to its
-adapter.safetensors, and encoder, llm, dtype and data.max_seconds to what its config.json says. Fewer
+Here it is the miniature, which hears 3 s at once. For another model set init_from to its
+adapter.safetensors, and encoder.folder, llm, dtype and data.max_seconds to what its config.json says. Fewer
 recordings than stage2.batch_size are an error: make it smaller. With hundreds of them, keep some for
 data.test: stage2.test_every=100 shows when it is too many steps. launch/colab_finetune.ipynb does all this.
 """
 
 from pathlib import Path
 
-from sparqle_jax.config import AdapterConfig, Config, DataConfig, OptimConfig, Stage2Config
+from sparqle_jax.config import Config, DataConfig, EncoderConfig, OptimConfig, Stage2Config
 from sparqle_jax.sparqle import MINIATURE
 
 MODELS = MINIATURE.parent
@@ -20,7 +20,7 @@ MODELS = MINIATURE.parent
 def get_config() -> Config:
     return Config(
         run=Path("runs/finetune"),
-        encoder=MODELS / "hubert",
+        encoder=EncoderConfig(folder=MODELS / "hubert"),
         llm=MODELS / "llm",
         data=DataConfig(
             train="data/mine",
@@ -28,7 +28,7 @@ def get_config() -> Config:
             buckets=1,  # each would be compiled, and the recordings are short
             frames=Path("data/frames"),  # the encoder hears each recording once
         ),
-        adapter=AdapterConfig(start=MINIATURE / "adapter.safetensors"),
+        init_from=MINIATURE / "adapter.safetensors",
         stage2=Stage2Config(
             steps=200,
             batch_size=10,

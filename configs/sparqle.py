@@ -9,10 +9,11 @@ leaves them; learning rate and warm-up are the reference's.
 
 from pathlib import Path
 
+from sparqle_jax.adapters import qformer
 from sparqle_jax.config import (
-    AdapterConfig,
     Config,
     DataConfig,
+    EncoderConfig,
     MeshConfig,
     OptimConfig,
     Stage1Config,
@@ -25,7 +26,7 @@ def get_config() -> Config:
     return Config(
         run=Path("runs/sparqle"),
         mesh=MeshConfig(data=1, fsdp=-1),  # the LLM is too large to be whole on every chip
-        encoder=Path("hubert-large-ll60k"),
+        encoder=EncoderConfig(folder=Path("hubert-large-ll60k")),
         llm=Path("Meta-Llama-3-8B-Instruct"),
         data=DataConfig(
             train="data/train",
@@ -35,12 +36,9 @@ def get_config() -> Config:
             batch_multiple=32,  # two slices of 16 chips as well
             workers=16,
         ),
-        adapter=AdapterConfig(
-            start=Path("bert-base-uncased"),
-            tokenizer=Path("bert-base-uncased"),
-            sizes=dict(num_queries=100, cross_attention_freq=2),
-        ),
-        stage1=Stage1Config(steps=100_000, batch_size=32, optim=optim),
+        adapter=qformer.Config(num_queries=100, cross_attention_freq=2),
+        init_from=Path("bert-base-uncased"),
+        stage1=Stage1Config(tokenizer=Path("bert-base-uncased"), steps=100_000, batch_size=32, optim=optim),
         stage2=Stage2Config(steps=50_000, batch_size=64, optim=optim, remat="full"),
         dtype="bfloat16",
     )

@@ -209,8 +209,8 @@ def check(sparqle: SparQLe, instruction: str, settings: dict[str, Any]) -> None:
     except ValueError as error:
         raise Refused(str(error)) from error
     places = sum(-(-len(tokens) // 16) * 16 for tokens in around)
-    places += sparqle.model.adapter.config.num_queries + config.max_new_tokens
-    if places > sparqle.model.llm.config.max_position_embeddings:
+    places += sparqle.max_speech_tokens + config.max_new_tokens
+    if places > sparqle.model.llm.config.max_tokens:
         raise Refused("The question is too long for this model: shorten it, or allow fewer tokens of answer.")
 
 

@@ -1,10 +1,9 @@
-"""From the parts that a configuration names to one model: abstract, random, or loaded; and what trains, saved.
+"""From the parts that a configuration names to one model: abstract, random or loaded; what trains is saved.
 
 Training, planning and inference make their models here. A file of what trains has this project's own names,
 and in its metadata the configurations of the parts (`Parts`).
 """
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +15,7 @@ from jax.sharding import Mesh
 from jax.typing import DTypeLike
 from safetensors.numpy import save as as_safetensors
 
-from sparqle_jax import adapters, hosts
+from sparqle_jax import adapters, hosts, pretrained
 from sparqle_jax.aligner import STAGE_1_LOSSES, Aligner, AlignmentHeads
 from sparqle_jax.compat import Compat
 from sparqle_jax.config import Config, EncoderOptions
@@ -46,7 +45,7 @@ class Parts(pydantic.BaseModel, frozen=True, extra="forbid"):
 def make_aligner(
     encoder: nnx.Module, parts: Parts, *, losses: tuple[str, ...], dtype: DTypeLike, rngs: nnx.Rngs
 ) -> Aligner:
-    """Stage 1 on an encoder, its adapter and heads new. Raises ValueError for an adapter without a text half."""
+    """Stage 1 on an encoder, its adapter and heads new. Raises ValueError for one without a text half."""
     adapter = _new_adapter(encoder, parts, dtype, rngs)
     heads = AlignmentHeads(parts.adapter.width, parts.embed_dim, dtype=dtype, rngs=rngs)
     return Aligner(encoder, adapter, heads, losses=losses)
@@ -102,17 +101,27 @@ def parts_of(config: Config, vocab_size: int | None = None) -> Parts:
         if start is not None:
             _, vocab_size = published.bert_config(start)
         return Parts(
-            adapter=config.adapter, encoder=config.encoder.options, vocab_size=vocab_size, embed_dim=embed_dim
+            adapter=config.adapter or adapters.PAPERS,
+            encoder=config.encoder.options,
+            vocab_size=vocab_size,
+            embed_dim=embed_dim,
         )
-    saved = read_parts(start)
-    if config.adapter is not None and config.adapter != saved.adapter:
-        ours, theirs = config.adapter.model_dump(), saved.adapter.model_dump()
-        wrong = [f"{k}={v!r} (there: {theirs.get(k)!r})" for k, v in ours.items() if theirs.get(k) != v]
+    heads = getattr(config.adapter, "num_attention_heads", None)  # published files may not tell
+    saved = read_parts(start, **({} if heads is None else {"num_attention_heads": heads}))
+    if config.adapter is None:
+        return saved
+    ours, theirs = config.adapter.model_dump(), saved.adapter.model_dump()
+    wrong = [
+        f"{name}={value!r} (there: {theirs.get(name)!r})"
+        for name, value in ours.items()
+        if theirs.get(name) != value and "dropout" not in name
+    ]
+    if wrong:
         raise ValueError(
-            f"the adapter in init_from={start} is another than the configuration's: {', '.join(wrong)}. Leave "
-            "adapter out (--set adapter=null), or begin from nothing (--set init_from=null)."
+            f"the adapter in init_from={start} is another than the configuration's: {', '.join(wrong)}. "
+            "Leave adapter out (--set adapter=null), or begin from nothing (--set init_from=null)."
         )
-    return saved
+    return saved.model_copy(update={"adapter": config.adapter})
 
 
 def new_aligner(
@@ -122,7 +131,7 @@ def new_aligner(
     dtype, start, losses = jnp.dtype(config.dtype), config.init_from, config.stage1.losses
     parts = parts_of(config, vocab_size)
     if start is not None and not start.is_dir():
-        return load_aligner(start, encoder, losses=losses, dtype=dtype, mesh=mesh)
+        return load_aligner(start, encoder, losses=losses, parts=parts, dtype=dtype, mesh=mesh)
     aligner = make_aligner(encoder, parts, losses=losses, dtype=dtype, rngs=rngs)
     if start is not None:
         options: dict[str, Any] = dict(text=True, dtype=dtype, mesh=mesh, rngs=rngs)
@@ -137,12 +146,28 @@ def new_speech_llm(
     dtype, start = jnp.dtype(config.dtype), config.init_from
     parts = parts_of(config)
     if start is not None and not start.is_dir():
-        return load_speech_llm(start, encoder, llm, dtype=dtype, mesh=mesh, rngs=rngs)
+        return load_speech_llm(start, encoder, llm, parts=parts, dtype=dtype, mesh=mesh, rngs=rngs)
     model = make_speech_llm(encoder, parts, llm, dtype=dtype, rngs=rngs)
     if start is not None:
         options: dict[str, Any] = dict(text=False, dtype=dtype, mesh=mesh, rngs=rngs)
         model.adapter = published.qformer_from_bert(start, parts.adapter, encoder.config.width, **options)
     return model
+
+
+def new_encoder(folder: Path, parts: Parts, *, dtype: DTypeLike, rngs: nnx.Rngs) -> nnx.Module:
+    """The encoder of a folder with random weights, of which its config.json alone is read."""
+    part, config = pretrained.encoder_config(folder)
+    return part.Encoder(config, dtype=dtype, param_dtype=dtype, rngs=rngs)
+
+
+def load_encoder(folder: Path, parts: Parts, *, compat: Compat = None, **options) -> nnx.Module:
+    """The encoder in a folder, as a model of these parts hears; options as of `pretrained.load_encoder`.
+
+    compat="published": as SparQLe's published code.
+    """
+    if compat == "published":
+        options |= {"compat": "published", "normalize": "peak"}
+    return pretrained.load_encoder(folder, **options)
 
 
 # --- Saved and loaded ---------------------------------------------------------------------------------------
@@ -170,17 +195,18 @@ def parts_in(model: SpeechLLM | Aligner) -> Parts:
     return Parts(adapter=model.adapter.config, **stage1)
 
 
-def read_parts(file: str | Path) -> Parts:
+def read_parts(file: str | Path, **values) -> Parts:
     """The configurations of the parts in a file that training saved, or in one with the published names.
 
-    Raises FileNotFoundError and ValueError for what is neither.
+    values: fields of the adapter's Config that a published file may not tell. Raises FileNotFoundError and
+    ValueError for what is neither.
     """
     file = Path(file)
     if not file.is_file():
         raise FileNotFoundError(f"{file} does not exist: give a file that training saved, or a BERT folder.")
     saved = read_metadata(file).get(PARTS)
     if saved is None:
-        config, vocab_size = published.qformer_config(file)
+        config, vocab_size = published.qformer_config(file, **values)
         return Parts(adapter=config, vocab_size=vocab_size, embed_dim=published.embed_dim(file))
     try:
         return Parts.model_validate_json(saved)
@@ -193,6 +219,7 @@ def load_speech_llm(
     encoder: nnx.Module,
     llm: nnx.Module,
     *,
+    parts: Parts | None = None,
     compat: Compat = None,
     dtype: DTypeLike = jnp.float32,
     mesh: Mesh | None = None,
@@ -200,7 +227,8 @@ def load_speech_llm(
 ) -> SpeechLLM:
     """A model on its towers, from a file that `save` wrote, or one with the published names.
 
-    rngs: to start stage 2 from a file of stage 1, which has no projection to the LLM: it is new then.
+    parts: those of the file (None), or with other rates of dropout. rngs: to start stage 2 from a file of
+    stage 1, which has no projection to the LLM: it is new then.
     Raises FileNotFoundError and ValueError, listing all that does not fit.
     """
     parts = read_parts(file)
@@ -209,7 +237,7 @@ def load_speech_llm(
     if parts.embed_dim is not None:
         if rngs is None:
             raise ValueError(f"{file} is of stage 1, and has no projection to an LLM: train stage 2 from it.")
-        aligner = load_aligner(file, encoder, losses=STAGE_1_LOSSES, dtype=dtype, mesh=mesh)
+        aligner = load_aligner(file, encoder, parts=parts, dtype=dtype, mesh=mesh)
         return from_aligner(aligner, llm, rngs=rngs)
     new = make_speech_llm(encoder, parts, llm, dtype=dtype, rngs=nnx.Rngs(0), compat=compat)
     return _restored(new, file, mesh)
@@ -219,18 +247,22 @@ def load_aligner(
     file: str | Path,
     encoder: nnx.Module,
     *,
-    losses: tuple[str, ...],
+    losses: tuple[str, ...] = STAGE_1_LOSSES,
+    parts: Parts | None = None,
     dtype: DTypeLike = jnp.float32,
     mesh: Mesh | None = None,
 ) -> Aligner:
-    """Stage 1 on its encoder, from a file of stage 1 that `save` wrote, or one with the published names."""
-    parts = read_parts(file)
+    """Stage 1 on its encoder, from a file of stage 1 that `save` wrote, or one with the published names.
+
+    parts: as for `load_speech_llm`."""
+    parts = parts or read_parts(file)
     if parts.embed_dim is None or parts.vocab_size is None:
         raise ValueError(
             f"{file} is of stage 2, which has no text half: leave stage 1 out (--set stage1=null)."
         )
     if PARTS not in read_metadata(file):
-        return published.load_aligner(file, encoder, losses=losses, dtype=dtype, mesh=mesh)
+        options: dict[str, Any] = dict(losses=losses, dtype=dtype, mesh=mesh)
+        return published.load_aligner(file, encoder, **options, **parts.adapter.model_dump())
     new = make_aligner(encoder, parts, losses=losses, dtype=dtype, rngs=nnx.Rngs(0))
     return _restored(new, file, mesh)
 

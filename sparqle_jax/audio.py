@@ -1,11 +1,9 @@
-"""Waveforms: read, cut at pauses, normalised as the encoder was trained on, checked, padded to batches. NumPy
-only."""
+"""Waveforms: read, cut at pauses, checked, padded to batches. NumPy only."""
 
 import base64
 import contextlib
 import dataclasses
 import io
-import json
 import math
 import os
 import re
@@ -21,8 +19,6 @@ import numpy as np
 import soundfile
 import soxr
 from etils import epath
-
-from sparqle_jax.compat import Compat, check_compat
 
 SAMPLE_RATE = 16_000
 CUT_TOLERANCE = 0.15  # seconds by which the headers of mp3 files may be wrong
@@ -302,67 +298,6 @@ def _check_length_known(file: str | os.PathLike, recording: soundfile.SoundFile)
         )
 
 
-@dataclasses.dataclass(frozen=True)
-class FeatureExtractor:
-    """What an encoder's `preprocessor_config.json` says of its input.
-
-    do_normalize: each waveform to mean 0 and variance 1. compat="published" overrules it: the published
-    code divides by the largest absolute sample instead.
-    """
-
-    do_normalize: bool = True
-    compat: Compat = None
-
-    def __post_init__(self):
-        check_compat(self.compat)
-
-    @classmethod
-    def from_folder(cls, folder: str | Path, compat: Compat = None) -> "FeatureExtractor":
-        """Reads a transformers folder. Without the file, transformers' default: normalise.
-
-        Raises FileNotFoundError for no folder, ValueError for an encoder of another sample rate.
-        """
-        folder = Path(folder)
-        if not folder.is_dir():
-            raise FileNotFoundError(f"{folder} is no folder: give that of the encoder.")
-        config, file = {}, folder / "preprocessor_config.json"
-        if file.exists():
-            config = json.loads(file.read_text())
-        elif (
-            file := folder / "processor_config.json"
-        ).exists():  # what transformers 5 writes for a processor
-            config = json.loads(file.read_text()).get("feature_extractor", {})
-        rate = config.get("sampling_rate", SAMPLE_RATE)
-        if rate != SAMPLE_RATE:
-            raise ValueError(f"{file} asks for {rate} Hz; this project works at {SAMPLE_RATE} Hz.")
-        return cls(config.get("do_normalize", True), compat)
-
-    def __call__(self, waveform: np.ndarray) -> np.ndarray:
-        """One waveform float [S] at 16 kHz, samples from -1 to 1 -> float32 [S]. Silence stays silence.
-
-        Raises ValueError for integers: their scale is not told by their type alone.
-        """
-        if not np.issubdtype(waveform.dtype, np.floating):
-            raise ValueError(
-                f"the waveform is of {waveform.dtype}; samples from -1 to 1 are needed: "
-                "divide it by 32768 if it is 16-bit audio."
-            )
-        waveform = waveform.astype(np.float32)
-        self.apply(waveform)
-        return waveform
-
-    def apply(self, waveform: np.ndarray) -> None:
-        """As a call, but in place, of float32 [S]: copies would double the time that reading takes."""
-        if not waveform.size:
-            return
-        if self.compat == "published":
-            peak = np.abs(waveform).max()
-            waveform /= peak if peak > 0 else 1
-        elif self.do_normalize:
-            waveform -= waveform.mean()
-            waveform /= np.sqrt(np.vdot(waveform, waveform) / waveform.size + 1e-7)
-
-
 def pad(
     waveforms: Sequence[np.ndarray], length: int | None = None, *, min_samples: int = 400
 ) -> tuple[np.ndarray, np.ndarray]:
@@ -370,7 +305,7 @@ def pad(
 
     S is `length`, or the longest. Raises ValueError, naming the waveform, for one that is not
     one-dimensional, holds a sample that is not finite, is shorter than `min_samples` (one frame: see
-    `HubertConfig.min_samples`), or longer than `length`: nothing is ever cut.
+    an encoder's `min_samples`), or longer than `length`: nothing is ever cut.
     """
     if not len(waveforms):
         raise ValueError("there are no waveforms to make a batch of.")

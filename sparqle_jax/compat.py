@@ -1,8 +1,8 @@
 """compat="published": what the published SparQLe weights were made with, where it is not what is right.
 
 Each module does its part: the encoder reads its mask inverted and the adapter looks at padding
-(`SpeechLLM`), waveforms are divided by their peak (`FeatureExtractor`), and the prompt has two BOS, is cut
-out of the chat template by position, and ends its answer at a newline (`Prompter`). None is everything done
+(`SpeechLLM`), waveforms are divided by their peak (the encoder), and the prompt has two BOS, is cut out of
+the chat template by position, and ends its answer at a newline (`Prompter`). With None everything is done
 right: for all models that are trained here.
 """
 

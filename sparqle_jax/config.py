@@ -6,7 +6,6 @@ file as in an override.
 
 import json
 import runpy
-import types
 import typing
 from collections.abc import Sequence
 from pathlib import Path
@@ -27,6 +26,15 @@ Tasks = Annotated[dict[str, Annotated[float, pydantic.Field(gt=0)]], pydantic.Fi
 Folder = Annotated[
     Any, pydantic.BeforeValidator(lambda folder: epath.Path(folder)), pydantic.PlainSerializer(str)
 ]
+
+
+# Keys of former versions.
+RENAMED = {
+    "adapter.sizes": "the adapter's own fields, such as adapter.num_queries",
+    "adapter.start": "init_from",
+    "adapter.tokenizer": "stage1.tokenizer",
+    "adapter.features": "stage1.embed_dim",
+}
 
 
 class Model(pydantic.BaseModel, frozen=True, extra="forbid", strict=True):
@@ -127,7 +135,7 @@ class EncoderOptions(Model):
 class EncoderConfig(EncoderOptions):
     """A frozen encoder, whose config.json says of which family it is. folder: in transformers' format."""
 
-    folder: Path
+    folder: Annotated[Path, pydantic.Field(strict=False)]
 
     @property
     def options(self) -> EncoderOptions:
@@ -217,13 +225,6 @@ class Config(Model):
     def _folder_alone(cls, encoder: Any) -> Any:
         return {"folder": encoder} if isinstance(encoder, str | Path) else encoder
 
-    @pydantic.model_validator(mode="before")
-    @classmethod
-    def _papers_adapter(cls, values: Any) -> Any:
-        if isinstance(values, dict) and values.get("adapter") is None and values.get("init_from") is None:
-            return values | {"adapter": {"kind": "qformer"}}
-        return values
-
     @pydantic.model_validator(mode="after")
     def _whole(self) -> "Config":
         if self.stage1 is None and self.stage2 is None:
@@ -269,28 +270,48 @@ def read_config(file: str | Path, overrides: Sequence[str] = ()) -> Config:
 def _set(values: Any, path: list[str], text: str, model: Any, done: str = "") -> None:
     """Sets a key in nested dictionaries, after a look whether the configuration has it."""
     key, *rest = path
-    model = _model_of(model)
+    model = _model_of(model, values)
     if model is not None and key not in model.model_fields:
         raise ValueError(
-            f"--set {done}{key}: there is no such key; valid here: {', '.join(model.model_fields)}."
+            f"--set {done}{key}: {_renamed(done + key) or 'there is no such key'}; valid here: "
+            f"{', '.join(model.model_fields)}."
         )
     if not rest:
         try:
-            values[key] = json.loads(text)
+            value = json.loads(text)
         except json.JSONDecodeError:
-            values[key] = text
+            value = text
+        if key == "kind" and value != values.get("kind"):
+            values.clear()  # the fields of another part
+        values[key] = value
         return
     inner = None if model is None else model.model_fields[key].annotation
-    is_value = model is not None and _model_of(inner) is None and typing.get_origin(inner) is not dict
+    is_value = model is not None and _model_of(inner, values.get(key)) is None
+    is_value = is_value and typing.get_origin(inner) is not dict
     if is_value or not isinstance(values.get(key, {}), dict | None):
         raise ValueError(f"--set {done}{'.'.join(path)}: {done}{key} has no keys.")
+    if values.get(key) is None and rest == ["kind"]:
+        values[key] = {}
     if values.get(key) is None:
         raise ValueError(f"--set {done}{'.'.join(path)}: {done}{key} is not in this configuration.")
     _set(values[key], rest, text, inner, f"{done}{key}.")
 
 
-def _model_of(annotation: Any) -> type[Model] | None:
-    """The part of the configuration that an annotation names, `Part` or `Part | None`; None for a value."""
-    options = typing.get_args(annotation) if isinstance(annotation, types.UnionType) else (annotation,)
-    parts = [option for option in options if isinstance(option, type) and issubclass(option, Model)]
-    return parts[0] if parts else None
+def _model_of(annotation: Any, values: Any) -> type[pydantic.BaseModel] | None:
+    """The part of the configuration that an annotation names: `Part`, `Part | None`, or the one of several
+    whose `kind` the values have; None for a value."""
+    options, parts = [annotation], []
+    while options:
+        option = options.pop(0)
+        if isinstance(option, type):
+            parts += [option] if issubclass(option, pydantic.BaseModel) else []
+        else:
+            options += typing.get_args(option)
+    if len(parts) > 1 and isinstance(values, dict):
+        named = [part for part in parts if part.model_fields["kind"].default == values.get("kind")]
+        return named[0] if named else parts[0]
+    return parts[0] if parts and typing.get_origin(annotation) is not dict else None
+
+
+def _renamed(key: str) -> str | None:
+    return next((f"it is now {new}" for old, new in RENAMED.items() if key == old), None)

@@ -7,7 +7,8 @@ sparqle export runs/mine/stage2 mine.pt            # for the PyTorch code (needs
 import sys
 from pathlib import Path
 
-from sparqle_jax import commands, pretrained
+from sparqle_jax import commands
+from sparqle_jax.published import sparqle as published
 from sparqle_jax.sparqle import SparQLe
 
 
@@ -25,7 +26,7 @@ def main(argv: list[str] | None = None) -> int:
             raise ValueError(f"{args.output} is there already: give another name, or delete it.")
         sparqle = SparQLe.from_pretrained(args.model, encoder=args.encoder, llm=args.llm)
         if args.output.suffix:
-            pretrained.save_published(sparqle.model, args.output)
+            published.save(sparqle.model, args.output)
         else:
             sparqle.save_pretrained(args.output, towers=args.towers)
     except (ValueError, OSError) as error:

@@ -8,7 +8,6 @@ program computes again beyond that. Model FLOP utilisation divides by the time a
 import dataclasses
 import math
 
-import jax
 from jax.extend import core
 from jax.interpreters import partial_eval
 

@@ -12,7 +12,8 @@ from pathlib import Path
 
 import jax.numpy as jnp
 
-from sparqle_jax import commands, pretrained
+from sparqle_jax import assemble, commands, pretrained
+from sparqle_jax.published import sparqle as published
 from sparqle_jax.sparqle import ModelConfig, SparQLe, Tower
 
 # As the reference's generation.py decodes.
@@ -51,10 +52,11 @@ def main(argv: list[str] | None = None) -> int:
         )
         dtype = jnp.dtype(args.dtype)
         heads = {} if args.num_attention_heads is None else {"num_attention_heads": args.num_attention_heads}
-        model = pretrained.load_sparqle(
+        parts = assemble.read_parts(args.checkpoint, **heads)
+        model = published.load_speech_llm(
             args.checkpoint,
-            pretrained.load_hubert(args.encoder, dtype=dtype),
-            pretrained.load_decoder(args.llm, dtype=dtype),
+            assemble.load_encoder(args.encoder, parts, compat=config.compat, dtype=dtype),
+            pretrained.load_llm(args.llm, dtype=dtype),
             compat=config.compat,
             dtype=dtype,
             **heads,

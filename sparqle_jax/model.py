@@ -14,6 +14,7 @@ heads, H head size, F feed-forward width, C places for keys (of a cache, say), W
 
 import re
 from collections.abc import Mapping
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -89,8 +90,8 @@ class SpeechLLM(nnx.Module):
     def flops(self, batch: Batch) -> dict[str, int]:
         """Matrix products of one training step, forward and backward, by part of the model.
 
-        The model and the batch may be abstract (`nnx.eval_shape`): shapes are all that is read, as far as they
-        are padded. Every position counts, real or padding, seen by attention or not; an LM head has the
+        The model and the batch may be abstract (`nnx.eval_shape`): shapes are all that is read, as far as
+        they are padded. Every position counts, real or padding, seen by attention or not; an LM head has the
         positions that `losses.token_loss` gives it, a multiple of 32 (or all, when there are fewer). Nothing
         is computed twice. A batch with `frames` needs no encoder.
         """
@@ -126,6 +127,14 @@ def encoder_flops(encoder: nnx.Module, batch: Batch) -> tuple[int, tuple[int, in
         return 0, batch["frames"].shape[:2]
     size, samples = batch["waveform"].shape
     return encoder.config.flops(size, samples), (size, encoder.config.num_frames(samples))
+
+
+def min_samples(encoder: Any, adapter: Any) -> int:
+    """The shortest waveform of which the adapter makes a token. encoder, adapter: their Configs."""
+    samples = encoder.min_samples
+    while encoder.num_frames(samples) < adapter.min_frames:
+        samples += encoder.min_samples
+    return samples
 
 
 def is_trained(model: nnx.Module, path: tuple) -> bool:

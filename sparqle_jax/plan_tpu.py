@@ -26,16 +26,14 @@ import numpy as np
 from flax import nnx
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from sparqle_jax import audio, flops, pretrained, prompts
-from sparqle_jax.adapters.qformer import QFormer, QFormerConfig
+from sparqle_jax import assemble, audio, flops, pretrained, prompts
+from sparqle_jax.aligner import Aligner
 from sparqle_jax.chips import chip_of, topology
 from sparqle_jax.config import Config, StageConfig, read_config
 from sparqle_jax.data.dataset import Corpus, DataSet
 from sparqle_jax.data.pipeline import SKIPPED
 from sparqle_jax.data.plan import Bucket, batch_sizes
-from sparqle_jax.encoders.hubert import Hubert, HubertConfig
-from sparqle_jax.llms.decoder import FAMILIES, Decoder, DecoderConfig
-from sparqle_jax.model import Aligner, AlignmentHeads, SpeechLLM, make_projection, partition
+from sparqle_jax.model import SpeechLLM, partition
 from sparqle_jax.program import Census, census
 from sparqle_jax.sharding import (
     MESH_AXES,
@@ -58,6 +56,7 @@ GIB = 2**30
 STAGES = ("stage1", "stage2")
 # Tokens around the speech, which a tokenizer would tell; of a text, where the configuration is silent.
 PROMPT_TOKENS, TEXT_TOKENS = (48, 16), 128
+BERT_VOCABULARY = 30523  # of bert-base-uncased, and [DEC]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -158,27 +157,40 @@ class Planner:
     def _abstract_model(self, stage: str) -> Aligner | SpeechLLM:
         """The model of a stage, of shapes alone, as training makes it."""
         config, dtype = self.config, jnp.dtype(self.config.dtype)
-        hubert = HubertConfig.from_dict(pretrained.read_config(self._folder(config.encoder), ("hubert",)))
-        qformer = self._qformer_config(hubert.hidden_size, text=stage == "stage1")
+        encoder_folder = self._folder(config.encoder.folder)
+        parts = assemble.parts_of(
+            self._with_folders(config), self._vocab_size() if stage == "stage1" else None
+        )
 
         def make() -> Aligner | SpeechLLM:
             rngs = nnx.Rngs(0)
-            encoder = Hubert(hubert, dtype=dtype, param_dtype=dtype, rngs=rngs)
-            adapter = QFormer(qformer, dtype=dtype, rngs=rngs)
+            encoder = assemble.new_encoder(encoder_folder, parts, dtype=dtype, rngs=rngs)
             if stage == "stage1":
-                heads = AlignmentHeads(qformer.hidden_size, config.adapter.features, dtype=dtype, rngs=rngs)
-                return Aligner(encoder, adapter, heads, losses=config.stage1.losses)
-            llm = self._make_llm()
-            projection = make_projection(qformer.hidden_size, llm.config.hidden_size, dtype=dtype, rngs=rngs)
-            return SpeechLLM(encoder, adapter, projection, llm)
+                losses = config.stage1.losses
+                return assemble.make_aligner(encoder, parts, losses=losses, dtype=dtype, rngs=rngs)
+            return assemble.make_speech_llm(encoder, parts, self._make_llm(), dtype=dtype, rngs=rngs)
 
         return nnx.eval_shape(make)
 
-    def _make_llm(self) -> Decoder:
-        folder, dtype = self._folder(self.config.llm), jnp.dtype(self.config.dtype)
-        config = DecoderConfig.from_dict(pretrained.read_config(folder, tuple(FAMILIES)))
-        remat = self.config.stage2.remat
-        return Decoder(config, dtype=dtype, param_dtype=dtype, remat=remat, rngs=nnx.Rngs(0))
+    def _with_folders(self, config: Config) -> Config:
+        """The configuration, its BERT folder as it is here."""
+        start = config.init_from
+        if start is None or start.is_file():
+            return config
+        return config.model_copy(update={"init_from": self._folder(start)})
+
+    def _vocab_size(self) -> int:
+        """The vocabulary of stage 1's texts, with the token that begins a text to generate."""
+        tokenizer = self.config.stage1.tokenizer
+        if tokenizer.is_dir():
+            return max(prompts.load_tokenizer(tokenizer).get_vocab().values()) + 2
+        self.assumed.add("the vocabulary of bert-base-uncased (stage1.tokenizer is not here)")
+        return BERT_VOCABULARY
+
+    def _make_llm(self) -> nnx.Module:
+        part, config = pretrained.llm_config(self._folder(self.config.llm))
+        dtype, remat = jnp.dtype(self.config.dtype), self.config.stage2.remat
+        return part.LLM(config, dtype=dtype, param_dtype=dtype, remat=remat, rngs=nnx.Rngs(0))
 
     def _beside(self, stage: str, mesh: Mesh) -> int:
         """Bytes on a device of what training loads for the other stage."""
@@ -186,20 +198,6 @@ class Planner:
             return 0
         llm = nnx.state(nnx.eval_shape(self._make_llm))
         return _bytes(_with_shardings(llm, state_sharding(llm, mesh)))
-
-    def _qformer_config(self, encoder_width: int, *, text: bool) -> QFormerConfig:
-        start, sizes = self.config.adapter.start, dict(self.config.adapter.sizes)
-        if start is not None and start.is_file():
-            return dataclasses.replace(pretrained.qformer_config(start, **sizes), text=text)
-        sizes.update(encoder_width=encoder_width, text=text)
-        if start is not None:
-            return QFormerConfig.from_bert(pretrained.read_config(self._folder(start), ("bert",)), **sizes)
-        if text and self.config.adapter.tokenizer.is_dir():
-            words = max(prompts.load_tokenizer(self.config.adapter.tokenizer).get_vocab().values()) + 1
-            sizes.update(vocab_size=words + 1, bos_token_id=words)
-        elif text:
-            self.assumed.add("the vocabulary of bert-base-uncased (adapter.tokenizer is not here)")
-        return QFormerConfig(**sizes)
 
     def _buckets(self, stage: str) -> list[Bucket]:
         """Those of training, or without its data as many, evenly."""
@@ -260,7 +258,7 @@ class Planner:
             batch=_bytes(batch) * devices,
             beside=self._beside(stage, mesh) * devices,
             hbm=self.chip.hbm_bytes,
-            model_flops=sum(flops.analytic(self.modules[stage], batch).values()),
+            model_flops=sum(self.modules[stage].flops(batch).values()),
             program_flops=counted.total,
             compute_time=counted.total / (mesh.size // devices * self.chip.peak),
         )
@@ -323,7 +321,7 @@ class Planner:
         else:
             encoder = self.modules[stage].encoder.config
             frames = (encoder.num_frames(bucket.num_samples),)
-            arrays["frames"] = (np.float16, (*frames, encoder.hidden_size))
+            arrays["frames"] = (np.float16, (*frames, encoder.width))
             arrays["frames_mask"] = (bool, frames)
         if stage == "stage1":
             arrays |= {"text": (np.int32, text), "text_mask": (bool, text), "recording_id": (np.int32, ())}

@@ -31,8 +31,8 @@ def load_encoder(
 ) -> nnx.Module:
     """An encoder of encoders.FAMILIES from a transformers folder, of any class; parameters in `dtype`.
 
-    options: fields of its Config that the folder does not set. Raises FileNotFoundError and ValueError for what
-    is no such folder, as `read_config` and `tables.load` do.
+    options: fields of its Config that the folder does not set. Raises FileNotFoundError and ValueError for
+    what is no such folder, as `read_config` and `tables.load` do.
     """
     part, config = encoder_config(folder, **options)
     return make_encoder(part, config, open_checkpoint(folder), str(folder), dtype, mesh, remat)

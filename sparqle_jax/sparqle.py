@@ -31,11 +31,11 @@ from etils import epath
 from flax import nnx
 from jax.sharding import Mesh
 
-from sparqle_jax import audio, hosts, pretrained, prompts
+from sparqle_jax import assemble, audio, hosts, pretrained, prompts
 from sparqle_jax.compat import Compat
 from sparqle_jax.data.pipeline import TRANSCRIBE, instructions
 from sparqle_jax.generate import GenerationConfig, generate, stream
-from sparqle_jax.model import SpeechLLM
+from sparqle_jax.model import SpeechLLM, min_samples
 from sparqle_jax.sharding import batch_parts, batch_sharding
 
 MINIATURE = Path(__file__).parent / "demo" / "models" / "sparqle"
@@ -105,7 +105,7 @@ class Transcript:
 
 
 class SparQLe:
-    """A model with all that it needs to answer: its prompts, and how its encoder wants waveforms.
+    """A model with all that it needs to answer.
 
     mesh: over which its parameters lie, if over any: batches are split over it as well.
     """
@@ -114,11 +114,10 @@ class SparQLe:
         self,
         model: SpeechLLM,
         prompter: prompts.Prompter,
-        extractor: audio.FeatureExtractor,
         config: ModelConfig,
         mesh: Mesh | None = None,
     ):
-        self.model, self.prompter, self.extractor, self.config = model, prompter, extractor, config
+        self.model, self.prompter, self.config = model, prompter, config
         self.mesh = mesh
 
     @classmethod
@@ -150,30 +149,28 @@ class SparQLe:
         }
         config = config.model_copy(update=towers)
         options: dict[str, Any] = dict(dtype=jnp.dtype(config.dtype), mesh=mesh)
-        model = pretrained.load_sparqle(
-            folder / "adapter.safetensors",
-            pretrained.load_hubert(config.encoder.folder, **options),
-            pretrained.load_decoder(config.llm.folder, **options),
-            compat=config.compat,
-            **options,
+        file = folder / "adapter.safetensors"
+        encoder = assemble.load_encoder(
+            config.encoder.folder, assemble.read_parts(file), compat=config.compat, **options
         )
+        llm = pretrained.load_llm(config.llm.folder, **options)
+        model = assemble.load_speech_llm(file, encoder, llm, compat=config.compat, **options)
         return cls.of(model, config, mesh)
 
     @classmethod
     def of(cls, model: SpeechLLM, config: ModelConfig, mesh: Mesh | None = None) -> "SparQLe":
-        """A model that is loaded, with the prompts and the preprocessing of its towers' folders."""
+        """A model that is loaded, with the prompts of its LLM's folder."""
         prompter = prompts.Prompter.from_folder(
             config.llm.folder, model.llm.config.vocab_size, compat=config.compat, system=config.system
         )
-        extractor = audio.FeatureExtractor.from_folder(config.encoder.folder, config.compat)
-        return cls(model, prompter, extractor, config, mesh)
+        return cls(model, prompter, config, mesh)
 
     def save_pretrained(self, folder: str | os.PathLike, *, towers: bool = False) -> None:
         """Writes a model folder; with its towers in it, if so wanted. Of several hosts, which call this
         together, the first writes."""
         folder = epath.Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
-        pretrained.save_published(self.model, folder / "adapter.safetensors")
+        assemble.save(self.model, folder / "adapter.safetensors")
         if not hosts.is_first():
             return
         places = {}
@@ -290,6 +287,12 @@ class SparQLe:
         given = {name: value for name, value in settings.items() if value is not None}
         return GenerationConfig(**{**ours, **self.config.generation, **given})
 
+    @property
+    def max_speech_tokens(self) -> int:
+        """The most tokens that the LLM reads in place of speech."""
+        frames = self.model.encoder.config.num_frames(self._max_samples)
+        return self.model.adapter.config.num_tokens(frames)
+
     def check(self, waveform: np.ndarray) -> None:
         """Raises UnusableAudio, saying what is the matter, for a waveform float [S] in which no speech can be
         heard, or more than at once."""
@@ -304,11 +307,9 @@ class SparQLe:
         length = next(n for n in self._lengths if n >= longest)
         if self.config.compat == "published":  # which hears padding as well
             length = longest
-        waveform, mask = audio.pad(self._filled([self.extractor(one) for one in waveforms]), length)
+        waveform, mask = audio.pad(self._filled(list(waveforms)), length)
         with self._on_mesh():
-            frames, frames_mask = _encode(
-                *nnx.split(self.model.encoder), *self._split((waveform, mask)), self.config.compat
-            )
+            frames, frames_mask = _encode(*nnx.split(self.model.encoder), *self._split((waveform, mask)))
         return {"frames": frames, "frames_mask": frames_mask}
 
     def answer(
@@ -343,7 +344,7 @@ class SparQLe:
 
     @property
     def _min_samples(self) -> int:
-        return self.model.encoder.config.min_samples
+        return min_samples(self.model.encoder.config, self.model.adapter.config)
 
     @property
     def _max_samples(self) -> int:
@@ -501,11 +502,11 @@ def _find(folder: Path, what: str, tower: Tower, instead: str | os.PathLike | No
     return tower.model_copy(update={"folder": Path(downloaded)})
 
 
-@functools.partial(jax.jit, static_argnums=(0, 4))
-def _encode(graph: nnx.GraphDef, state: nnx.State, waveform: jax.Array, mask: jax.Array, compat: Compat):
-    return nnx.merge(graph, state)(waveform, mask, compat=compat)
+@functools.partial(jax.jit, static_argnums=0)
+def _encode(graph: nnx.GraphDef, state: nnx.State, waveform: jax.Array, mask: jax.Array):
+    return nnx.merge(graph, state)(waveform, mask)
 
 
 @functools.partial(jax.jit, static_argnums=0)
 def _listening(graph: nnx.GraphDef, state: nnx.State, frames: jax.Array, mask: jax.Array) -> jax.Array:
-    return nnx.merge(graph, state).listening(frames, mask).mean(0)[0]
+    return nnx.merge(graph, state).attention(frames, mask).mean(0)[0]

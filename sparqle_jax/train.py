@@ -40,8 +40,8 @@ from flax import nnx
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from tensorboardX import SummaryWriter
 
-from sparqle_jax import audio, commands, flops, hosts, pretrained, prompts
-from sparqle_jax.adapters.qformer import QFormer, QFormerConfig
+from sparqle_jax import assemble, audio, commands, flops, hosts, pretrained, prompts, tensors
+from sparqle_jax.aligner import Aligner
 from sparqle_jax.checkpoint import CheckpointError, Checkpoints, differences, fingerprint
 from sparqle_jax.chips import chip_of
 from sparqle_jax.config import Config, OptimConfig, StageConfig, read_config
@@ -58,10 +58,8 @@ from sparqle_jax.data.pipeline import (
     check_tasks,
 )
 from sparqle_jax.data.plan import Batch, Plan, choose_buckets
-from sparqle_jax.encoders.hubert import Hubert
 from sparqle_jax.evaluate import evaluate, table
-from sparqle_jax.llms.decoder import Decoder
-from sparqle_jax.model import Aligner, AlignmentHeads, SpeechLLM, make_projection, partition
+from sparqle_jax.model import SpeechLLM, min_samples, partition
 from sparqle_jax.sharding import (
     MESH_AXES,
     batch_parts,
@@ -77,7 +75,7 @@ from sparqle_jax.sparqle import ModelConfig, SparQLe, Tower
 IDENTITY = "identity.json"  # in the run's folder: what must be the same when it goes on
 # Keys of the configuration that may be others when a run goes on; of folders, their contents are compared.
 FREE = (
-    r"run|margin|mesh\..*|encoder|llm|adapter\.(start|tokenizer)|data\.workers|data\.frames|data\.test\..*"
+    r"run|margin|mesh\..*|encoder\.folder|llm|init_from|stage1\.tokenizer|data\.workers|data\.frames|data\.test\..*"
     r"|data\.train\..*\.folder|stage\d\.(save_every|keep|log_every)"
 )
 HOST_FAILED = 1000  # a "signal", larger than all, by which a host tells the others that it can't go on
@@ -594,9 +592,10 @@ class Run:
         _check_writable(config.run)
         rngs = nnx.Rngs(config.seed)
         dtype = jnp.dtype(config.dtype)
-        self.extractor = audio.FeatureExtractor.from_folder(config.encoder)
-        encoder = pretrained.load_hubert(config.encoder, dtype=dtype, mesh=self.mesh)
-        self.identity["encoder"] = _tower_identity(config.encoder, encoder)
+        self.parts = assemble.parts_of(config)
+        self._check_window()
+        encoder = assemble.load_encoder(config.encoder.folder, self.parts, dtype=dtype, mesh=self.mesh)
+        self.identity["encoder"] = _tower_identity(config.encoder.folder, encoder)
         speech = self._waveforms(corpus, encoder)
         self.tests = {name: DataSet(folder) for name, folder in config.data.test.items()}
         test_speech = {name: self._waveforms(Corpus([test]), encoder) for name, test in self.tests.items()}
@@ -606,10 +605,12 @@ class Run:
         self.aligner = self.model = None
         self.stages: list[Stage] = []
         if config.stage1 is not None:
-            tokenizer = prompts.load_tokenizer(config.adapter.tokenizer)
-            self.identity["adapter.tokenizer"] = prompts.fingerprint(tokenizer)
-            self.aligner = _make_aligner(config, encoder, tokenizer, self.mesh, rngs)
-            vocab_size = self.aligner.adapter.config.vocab_size
+            tokenizer = prompts.load_tokenizer(config.stage1.tokenizer)
+            self.identity["stage1.tokenizer"] = prompts.fingerprint(tokenizer)
+            words = max(tokenizer.get_vocab().values()) + 1
+            # One more token begins a text to generate.
+            self.aligner = assemble.new_aligner(config, encoder, words + 1, self.mesh, rngs)
+            vocab_size = self.aligner.adapter.vocab_size
 
             def aligned(speech: Waveforms, plan: Plan) -> AlignmentExamples:
                 return AlignmentExamples(speech.corpus, speech, tokenizer, vocab_size, plan, **options)
@@ -618,7 +619,7 @@ class Run:
             _try(self.aligner, self.stages[-1])
         if config.stage2 is not None:
             remat = config.stage2.remat
-            self.llm = pretrained.load_decoder(config.llm, dtype=dtype, mesh=self.mesh, remat=remat)
+            self.llm = pretrained.load_llm(config.llm, dtype=dtype, mesh=self.mesh, remat=remat)
             self.identity["llm"] = _tower_identity(config.llm, self.llm)
             vocab_size = self.llm.config.vocab_size
             self.prompter = prompts.Prompter.from_folder(config.llm, vocab_size)
@@ -636,12 +637,12 @@ class Run:
             for test in self.tests.values():
                 check_tasks(test, config.test_languages)
             if self.aligner is None:
-                self.model = _make_sparqle(config, encoder, self.llm, self.mesh, rngs)
+                self.model = assemble.new_speech_llm(config, encoder, self.llm, self.mesh, rngs)
             else:
-                self.model = SpeechLLM.from_aligner(self.aligner, self.llm, rngs=rngs)
+                self.model = assemble.from_aligner(self.aligner, self.llm, rngs=rngs)
             _try(self.model, self.stages[-1])
-        if (start := config.adapter.start) is not None:
-            self.identity["adapter.start"] = {"hash": pretrained.hash_of(start), "path": str(start)}
+        if (start := config.init_from) is not None:
+            self.identity["init_from"] = {"hash": tensors.hash_of(start), "path": str(start)}
         _check_folder(config.run, self.identity)
         if config.data.frames is not None:
             frames = keep_frames(config.data.frames, speech, encoder)
@@ -649,9 +650,20 @@ class Run:
                 stage.examples.speech = frames
         _claim_folder(config, self.identity)
 
-    def _waveforms(self, corpus: Corpus, encoder: Hubert) -> Waveforms:
-        shortest = encoder.config.min_samples
-        return Waveforms(corpus, self.extractor, self.config.data.max_seconds, min_samples=shortest)
+    def _check_window(self) -> None:
+        """Raises ValueError for recordings longer than the encoder hears at once."""
+        _, encoder = pretrained.encoder_config(self.config.encoder.folder)
+        most, seconds = encoder.max_samples, self.config.data.max_seconds
+        if most is not None and round(seconds * audio.SAMPLE_RATE) > most:
+            raise ValueError(
+                f"data.max_seconds={seconds:g} is more than the {most / audio.SAMPLE_RATE:g} s that the encoder "
+                f"in {self.config.encoder.folder} hears at once: set data.max_seconds to that, and prepare the "
+                "data with --max-seconds."
+            )
+
+    def _waveforms(self, corpus: Corpus, encoder: nnx.Module) -> Waveforms:
+        shortest = min_samples(encoder.config, self.parts.adapter)
+        return Waveforms(corpus, self.config.data.max_seconds, min_samples=shortest)
 
     def _add_stage(
         self,
@@ -698,7 +710,7 @@ class Run:
     def _train_stage1(self, stage: Stage, profile: int) -> dict[str, Any]:
         folder = _stage_folder(self.config, stage.name)
         self.aligner = self._run(self.aligner, stage, folder, profile)
-        pretrained.save_published(self.aligner, folder / "adapter.safetensors")
+        assemble.save(self.aligner, folder / "adapter.safetensors")
         if not stage.config.evaluate:
             return {}
         graph, trained, frozen = partition(self.aligner)
@@ -707,17 +719,17 @@ class Run:
     def _train_stage2(self, stage: Stage, profile: int) -> dict[str, Any]:
         config, folder = self.config, _stage_folder(self.config, stage.name)
         if self.aligner is not None:
-            self.model = SpeechLLM.from_aligner(self.aligner, self.llm, rngs=nnx.Rngs(config.seed))
+            self.model = assemble.from_aligner(self.aligner, self.llm, rngs=nnx.Rngs(config.seed))
         self.model = self._run(self.model, stage, folder, profile)
         settings = ModelConfig(
-            encoder=Tower.of(config.encoder),
+            encoder=Tower.of(config.encoder.folder),
             llm=Tower.of(config.llm),
             max_seconds=config.data.max_seconds,
             max_new_tokens=config.max_new_tokens,
             margin=config.margin,
             dtype=config.dtype,
         )
-        sparqle = SparQLe(self.model, self.prompter, self.extractor, settings, self.mesh)
+        sparqle = SparQLe(self.model, self.prompter, settings, self.mesh)
         sparqle.save_pretrained(folder)
         if not stage.config.evaluate:
             return {}
@@ -793,7 +805,7 @@ def _fixed(config: Any, key: str = "") -> Any:
     }
 
 
-def _tower_identity(folder: Path, tower: Hubert | Decoder) -> dict[str, Any]:
+def _tower_identity(folder: Path, tower: nnx.Module) -> dict[str, Any]:
     """The hash of a tower's weights, which counts, and where they come from."""
     return {
         "hash": fingerprint(tower),
@@ -867,36 +879,6 @@ def _once(file: epath.Path, make: Callable[[], dict[str, Any]]) -> dict[str, Any
     if hosts.is_first():
         commands.write_text(file, json.dumps(made, indent=1) + "\n")
     return made
-
-
-def _make_aligner(config: Config, encoder: Hubert, tokenizer: Any, mesh: Mesh, rngs: nnx.Rngs) -> Aligner:
-    start, sizes, dtype = config.adapter.start, dict(config.adapter.sizes), jnp.dtype(config.dtype)
-    if start is not None and not start.is_dir():
-        losses = config.stage1.losses
-        return pretrained.load_aligner(start, encoder, dtype=dtype, mesh=mesh, losses=losses, **sizes)
-    sizes["encoder_width"] = encoder.config.hidden_size
-    if start is not None:
-        adapter = pretrained.qformer_from_bert(start, dtype=dtype, mesh=mesh, rngs=rngs, **sizes)
-    else:
-        words = max(tokenizer.get_vocab().values()) + 1
-        adapter = QFormer(
-            QFormerConfig(**sizes, vocab_size=words + 1, bos_token_id=words), dtype=dtype, rngs=rngs
-        )
-    heads = AlignmentHeads(adapter.config.hidden_size, config.adapter.features, dtype=dtype, rngs=rngs)
-    return Aligner(encoder, adapter, heads, losses=config.stage1.losses)
-
-
-def _make_sparqle(config: Config, encoder: Hubert, llm: Decoder, mesh: Mesh, rngs: nnx.Rngs) -> SpeechLLM:
-    start, sizes, dtype = config.adapter.start, dict(config.adapter.sizes), jnp.dtype(config.dtype)
-    if start is not None and not start.is_dir():
-        return pretrained.load_sparqle(start, encoder, llm, dtype=dtype, mesh=mesh, rngs=rngs, **sizes)
-    sizes.update(encoder_width=encoder.config.hidden_size, text=False)
-    if start is not None:
-        adapter = pretrained.qformer_from_bert(start, dtype=dtype, mesh=mesh, rngs=rngs, **sizes)
-    else:
-        adapter = QFormer(QFormerConfig(**sizes), dtype=dtype, rngs=rngs)
-    projection = make_projection(adapter.config.hidden_size, llm.config.hidden_size, dtype=dtype, rngs=rngs)
-    return SpeechLLM(encoder, adapter, projection, llm)
 
 
 def _evaluate_answers(

@@ -1,5 +1,6 @@
 """Tests run on 8 CPU devices, in full float32, with compiled programs kept between runs."""
 
+import dataclasses
 import json
 import os
 from functools import partial
@@ -16,10 +17,10 @@ import pytest
 from flax import nnx
 from safetensors.numpy import load_file
 
-from sparqle_jax import pretrained
 from sparqle_jax.demo import world
-from sparqle_jax.encoders.hubert import HubertConfig
-from sparqle_jax.llms.decoder import DecoderConfig
+from sparqle_jax.encoders.hubert import Config as HubertConfig
+from sparqle_jax.llms.decoder import Config as DecoderConfig
+from sparqle_jax.published import sparqle as published
 
 jax.config.update("jax_num_cpu_devices", 8)
 jax.config.update("jax_default_matmul_precision", "highest")
@@ -48,20 +49,19 @@ class Golden:
         return dict(
             num_attention_heads=config["num_attention_heads"],
             cross_attention_freq=config["cross_attention_freq"],
-            bos_token_id=config["bos_token_id"],
             hidden_dropout_prob=0.0,
             attention_probs_dropout_prob=0.0,
         )
 
     def aligner(self):
-        return pretrained.load_aligner(
+        return published.load_aligner(
             self.folder / "stage1_state_dict.safetensors",
             HubertConfig.from_dict(self.config["hubert"]),
             **self.qformer_values,
         )
 
     def sparqle(self, **kwargs):
-        return pretrained.load_sparqle(
+        return published.load_speech_llm(
             self.folder / "stage2_state_dict.safetensors",
             HubertConfig.from_dict(self.config["hubert"]),
             DecoderConfig.from_dict(self.config["llm"]),
@@ -83,6 +83,14 @@ def aligner(tiny):
 @pytest.fixture(scope="session")
 def sparqle(tiny):
     return tiny.sparqle()
+
+
+def with_compat(encoder, compat):
+    """The same encoder, as it is with `compat`."""
+    graph, state = nnx.split(encoder)
+    config = dataclasses.replace(encoder.config, compat=compat)
+    other = nnx.eval_shape(lambda: type(encoder)(config, dtype=encoder.dtype, rngs=nnx.Rngs(0)))
+    return nnx.merge(nnx.graphdef(other), state)
 
 
 def call(method, *args, **options):

@@ -15,6 +15,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from sparqle_jax import pretrained
+from sparqle_jax.tensors import open_checkpoint
 
 
 def measure(folder: Path, dtype: str) -> dict[str, int]:
@@ -32,10 +33,10 @@ def status(name: str) -> int:
 
 def main(folder: str, dtype: str) -> None:
     jnp.zeros(8).block_until_ready()
-    tensors = pretrained.open_checkpoint(folder)  # imports torch, if it is for torch to read
+    tensors = open_checkpoint(folder)  # imports torch, if it is for torch to read
     Path("/proc/self/clear_refs").write_text("5")  # the peak so far is forgotten
     before = status("VmRSS")
-    model = pretrained.load_decoder(folder, dtype=jnp.dtype(dtype))
+    model = pretrained.load_llm(folder, dtype=jnp.dtype(dtype))
     leaves = jax.block_until_ready(jax.tree.leaves(nnx.state(model)))
     itemsize = jnp.dtype(dtype).itemsize
     shapes = [tensor.shape for tensor in tensors.values()]

@@ -9,7 +9,9 @@ from flax import nnx
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from sparqle_jax.llms.decoder import Decoder, DecoderConfig, RopeScaling, rope_frequencies
+from sparqle_jax.llms.decoder import LLM as Decoder
+from sparqle_jax.llms.decoder import Config as DecoderConfig
+from sparqle_jax.llms.decoder import RopeScaling, rope_frequencies
 from sparqle_jax.sharding import make_mesh, state_sharding
 from tests.conftest import call
 

@@ -15,6 +15,7 @@ from sparqle_jax import evaluate, pretrained, train
 from sparqle_jax.config import read_config
 from sparqle_jax.demo import __main__ as demo
 from sparqle_jax.demo import encoder, language_model, ship, study
+from sparqle_jax.published import sparqle as published
 from sparqle_jax.sparqle import SparQLe
 
 
@@ -100,7 +101,7 @@ def test_from_scratch_to_a_package_of_its_own(small_world, tmp_path, monkeypatch
     assert model.encoder.config.num_hidden_layers == 2
     assert model.llm.config.vocab_size == language_model.VOCAB_SIZE
     assert model.adapter.config.num_queries == 4
-    stage1 = pretrained.load_aligner(package / "stage1.safetensors", model.encoder)
+    stage1 = published.load_aligner(package / "stage1.safetensors", model.encoder)
     assert stage1.adapter.config.text
 
 
@@ -129,7 +130,7 @@ def test_every_variant_is_a_configuration_of_its_own(name):
 
 
 def test_mfccs_have_a_row_for_every_frame():
-    config = pretrained.load_hubert(demo.MODELS / "hubert").config
+    config = pretrained.load_encoder(demo.MODELS / "hubert").config
     for num_samples in (1040, 1359, 1360, 16_000, 33_333):
         waveform = np.random.default_rng(0).normal(size=num_samples).astype(np.float32)
         assert encoder.mfcc(waveform).shape == (config.num_frames(num_samples), 39)

@@ -6,7 +6,7 @@ import pickle
 import numpy as np
 import pytest
 
-from sparqle_jax import audio, pretrained
+from sparqle_jax import pretrained
 from sparqle_jax.data import frames as module
 from sparqle_jax.data.dataset import Corpus, DataSet
 from sparqle_jax.data.frames import keep_frames
@@ -17,7 +17,7 @@ from tests.conftest import call
 
 @pytest.fixture(scope="module")
 def encoder():
-    return pretrained.load_hubert(MODELS / "hubert")
+    return pretrained.load_encoder(MODELS / "hubert")
 
 
 @pytest.fixture
@@ -28,7 +28,7 @@ def corpus(small_world) -> Corpus:
 @pytest.fixture
 def waveforms(corpus, monkeypatch):
     monkeypatch.setattr(module, "BATCH_SIZE", 3)  # so that the last batch is not full
-    return Waveforms(corpus, audio.FeatureExtractor(), 3.0)
+    return Waveforms(corpus, 3.0)
 
 
 def test_kept_frames_are_the_encoders(waveforms, encoder, tmp_path, monkeypatch):
@@ -54,7 +54,7 @@ def test_another_encoder_or_other_recordings_have_another_file(
     waveforms, encoder, small_world, tmp_path, monkeypatch
 ):
     def write(out, ends, waveforms, encoder) -> None:
-        out.write(bytes(2 * encoder.config.hidden_size * int(ends[-1])))
+        out.write(bytes(2 * encoder.config.width * int(ends[-1])))
 
     monkeypatch.setattr(module, "_compute", write)
 
@@ -64,12 +64,10 @@ def test_another_encoder_or_other_recordings_have_another_file(
 
     assert num_files(waveforms, encoder) == 1
     other = Corpus([DataSet(small_world / "unheard")])
-    assert num_files(Waveforms(other, waveforms.extractor, 3.0), encoder) == 2
-    assert (
-        num_files(Waveforms(waveforms.corpus, audio.FeatureExtractor(do_normalize=False), 3.0), encoder) == 3
-    )
-    scaled = pretrained.load_hubert(MODELS / "hubert")
-    scaled.feature_norm.scale.set_value(2 * scaled.feature_norm.scale[...])
+    assert num_files(Waveforms(other, 3.0), encoder) == 2
+    assert num_files(waveforms, pretrained.load_encoder(MODELS / "hubert", normalize=None)) == 3
+    scaled = pretrained.load_encoder(MODELS / "hubert")
+    scaled.features.norm.scale.set_value(2 * scaled.features.norm.scale[...])
     assert num_files(waveforms, scaled) == 4
     assert num_files(waveforms, encoder) == 4
 

@@ -13,10 +13,11 @@ import pytest
 from flax import nnx
 from safetensors.numpy import load_file
 
-from sparqle_jax import losses, pretrained
+from sparqle_jax import losses, tables
 from sparqle_jax.generate import GenerationConfig, generate
 from sparqle_jax.model import partition
-from tests.conftest import GOLDEN, Golden, call
+from sparqle_jax.published import sparqle as published
+from tests.conftest import GOLDEN, Golden, call, with_compat
 
 FOLDERS = [GOLDEN, *map(Path, filter(None, os.environ.get("SPARQLE_GOLDEN", "").split(":")))]
 
@@ -88,7 +89,7 @@ class TestEncoder:
         frames, mask = call(aligner.encoder.__call__, numbers["wav"])
         assert_close(frames, numbers["frames"])
         assert np.asarray(mask).all()
-        states = call(aligner.encoder.hidden_states, numbers["wav"])
+        states, _ = call(aligner.encoder.hidden_states, numbers["wav"])
         assert len(states) == len(numbers["hidden_states_all"])
         for layer, expected in enumerate(numbers["hidden_states_all"]):
             assert_close(states[layer], expected)
@@ -100,7 +101,7 @@ class TestEncoder:
         mask = numbers["wav_mask"].astype(bool)
         # PyTorch's base models count padding in their norm over time; large ones have no such norm.
         frames, frames_mask = call(
-            aligner.encoder.__call__, numbers["wav"] * mask, mask, compat="transformers"
+            with_compat(aligner.encoder, "transformers").__call__, numbers["wav"] * mask, mask
         )
         assert_close(frames, numbers["frames_masked"])
         lengths = aligner.encoder.config.num_frames(mask.sum(1))
@@ -109,9 +110,10 @@ class TestEncoder:
     def test_published_masks(self, golden, aligner):
         numbers = golden.numbers[1]
         mask = numbers["wav_mask"].astype(bool)
-        unpadded, _ = call(aligner.encoder.__call__, numbers["wav"], compat="published")
+        encoder = with_compat(aligner.encoder, "published")
+        unpadded, _ = call(encoder.__call__, numbers["wav"])
         assert_close(unpadded, numbers["frames_published_unpadded"])
-        padded, _ = call(aligner.encoder.__call__, numbers["wav"] * mask, mask, compat="published")
+        padded, _ = call(encoder.__call__, numbers["wav"] * mask, mask)
         assert_close(padded, numbers["frames_published_padded"])
 
 
@@ -161,7 +163,7 @@ class TestStage1:
         for name in ("stc", "stm", "stg"):
             assert_close(parts[name], numbers[f"loss_{name}"])
         assert_gradients_close(
-            pretrained.export(gradients, pretrained.aligner_table(aligner.adapter.config)), numbers
+            tables.export(gradients, published.aligner_table(aligner.adapter.config)), numbers
         )
 
 
@@ -169,7 +171,7 @@ class TestStage2:
     def test_tensors(self, golden, sparqle):
         numbers, batch = golden.numbers[2], stage2_batch(golden)
         frames, _ = call(sparqle.encoder.__call__, numbers["wav"])
-        queries = call(sparqle.adapter.__call__, frames)
+        queries, _ = call(sparqle.adapter.__call__, frames)
         assert_close(queries, numbers["query_output"])
         assert_close(sparqle.projection(queries), numbers["speech_prompt"])
         prompt, prompt_mask = call(sparqle.embed_prompt, batch)
@@ -189,7 +191,7 @@ class TestStage2:
         value, gradients = jax.value_and_grad(loss)(trained, frozen)
         assert_close(value, numbers["loss"])
         assert_gradients_close(
-            pretrained.export(gradients, pretrained.sparqle_table(sparqle.adapter.config)), numbers
+            tables.export(gradients, published.sparqle_table(sparqle.adapter.config)), numbers
         )
 
 
@@ -219,7 +221,7 @@ def test_generated_tokens(golden, sparqle, name):
 def test_saved_under_the_published_names(golden, aligner, sparqle, stage, tmp_path):
     """What we save holds each trained tensor of the published file, bit for bit, and nothing else."""
     model = aligner if stage == 1 else sparqle
-    pretrained.save_published(model, tmp_path / "adapter.safetensors")
+    published.save(model, tmp_path / "adapter.safetensors")
     saved = load_file(tmp_path / "adapter.safetensors")
     expected = load_file(golden.folder / f"stage{stage}_state_dict.safetensors")
     expected = {k: v for k, v in expected.items() if not k.startswith(("speech_encoder.", "llama_model."))}

@@ -6,8 +6,10 @@ from flax import nnx
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from sparqle_jax.encoders.hubert import Hubert, HubertConfig
-from tests.conftest import call
+from sparqle_jax.encoders.convolutions import normalise
+from sparqle_jax.encoders.hubert import Config as HubertConfig
+from sparqle_jax.encoders.hubert import Encoder as Hubert
+from tests.conftest import call, with_compat
 
 LARGE = HubertConfig(
     hidden_size=16,
@@ -42,6 +44,32 @@ def test_config_of_transformers():
         HubertConfig.from_dict({"conv_pos_batch_norm": True})
     with pytest.raises(ValueError, match="7, 7 and 6 entries"):
         HubertConfig.from_dict({"conv_kernel": [3] * 6})
+
+
+@pytest.mark.parametrize("how", [None, "variance", "peak"])
+def test_normalised_over_what_is_real(how):
+    """By hand, each waveform for itself; silence stays silence, and padding zero."""
+    rng = np.random.default_rng(0)
+    waveforms = [rng.normal(0.2, 0.1, 900), rng.normal(0, 3, 500), np.zeros(400)]
+    batch = np.zeros((3, 1000), np.float32)
+    mask = np.zeros(batch.shape, bool)
+    expected = batch.copy()
+    for row, waveform in enumerate(waveforms):
+        batch[row, : len(waveform)], mask[row, : len(waveform)] = waveform, True
+        if how == "variance":
+            waveform = (waveform - waveform.mean()) / np.sqrt(waveform.var() + 1e-7)
+        if how == "peak":
+            waveform = waveform / (np.abs(waveform).max() or 1)
+        expected[row, : len(waveform)] = waveform
+    np.testing.assert_allclose(normalise(batch, mask, how), expected, atol=1e-5)
+    np.testing.assert_allclose(normalise(batch[:1, :900], None, how), expected[:1, :900], atol=1e-5)
+
+
+def test_normalised_as_the_folder_says():
+    settings = {"model_type": "hubert"}
+    assert HubertConfig.from_dict(settings, {}).normalize == "variance"
+    assert HubertConfig.from_dict(settings, {"do_normalize": False}).normalize is None
+    assert HubertConfig.from_dict(settings).normalize is None
 
 
 # Lengths at and around frame borders, one size of the padded batch: one compiled program.
@@ -81,7 +109,8 @@ def test_transformers_counts_padding_in_the_norm_over_time():
     waveform = np.random.default_rng(0).normal(size=(1, 3520)).astype(np.float32)
     mask = np.arange(3520)[None] < 2000
     exact, _ = call(hubert.__call__, waveform * mask, mask)
-    as_transformers, _ = call(hubert.__call__, waveform * mask, mask, compat="transformers")
+    theirs = with_compat(hubert, "transformers")
+    as_transformers, _ = call(theirs.__call__, waveform * mask, mask)
     assert np.abs(exact - as_transformers)[:, :5].max() > 1e-3
 
 
@@ -91,7 +120,7 @@ def test_transformers_counts_padding_in_the_norm_over_time():
 def test_published_mask_keeps_as_many_frames_as_there_is_padding(hubert, padding, kept):
     waveform = np.ones((1, 3760), np.float32)  # 11 frames
     mask = np.arange(3760)[None] < 3760 - padding
-    _, frames_mask = call(hubert.__call__, waveform, mask, compat="published")
+    _, frames_mask = call(with_compat(hubert, "published").__call__, waveform, mask)
     assert frames_mask.shape == (1, 11)
     assert np.asarray(frames_mask).sum() == kept
 
@@ -99,14 +128,14 @@ def test_published_mask_keeps_as_many_frames_as_there_is_padding(hubert, padding
 def test_layers():
     hubert = Hubert(LARGE, rngs=nnx.Rngs(0))
     waveform = np.random.default_rng(0).normal(size=(1, 1600)).astype(np.float32)
-    states = call(hubert.hidden_states, waveform)
+    states, _ = call(hubert.hidden_states, waveform)
     assert states.shape == (3, 1, 4, 16)
     for layer in range(3):
         frames, _ = call(hubert.__call__, waveform, layer=layer)
         np.testing.assert_allclose(frames, states[layer], atol=1e-5)
     last, _ = call(hubert.__call__, waveform)
     np.testing.assert_allclose(last, states[-1], atol=1e-5)
-    with pytest.raises(ValueError, match="layer=3 does not exist: this HuBERT has layers 0 to 2"):
+    with pytest.raises(ValueError, match="layer=3 does not exist: this encoder has layers 0 to 2"):
         hubert(waveform, layer=3)
 
 
@@ -117,7 +146,7 @@ def test_shorter_than_a_frame():
 
 def test_unknown_compat():
     with pytest.raises(ValueError, match=r"must be one of \[None, 'published', 'transformers'\], got 'x'"):
-        Hubert(LARGE, rngs=nnx.Rngs(0))(np.zeros((1, 400), np.float32), compat="x")
+        dataclasses.replace(LARGE, compat="x")
 
 
 def test_unknown_remat():

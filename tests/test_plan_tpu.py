@@ -31,24 +31,32 @@ CONTROL = 3 * 4
 
 CONFIG = """
 from pathlib import Path
+from sparqle_jax.adapters import qformer
 from sparqle_jax.config import *
 
 def get_config():
     return Config(
         run=Path("run"),
-        encoder=Path("hubert"),
+        encoder=EncoderConfig(folder=Path("hubert")),
         llm=Path("llama"),
         mesh=MeshConfig(data=1, fsdp=-1),
         data=DataConfig(
             train="nowhere", max_seconds=1.0, buckets=1, batch_multiple=16, max_text_tokens=32
         ),
-        adapter=AdapterConfig(
-            start=Path("bert"),
-            tokenizer=Path("bert"),
-            sizes=dict(num_queries=8, hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0),
-            features=128,
+        adapter=qformer.Config(
+            num_queries=8,
+            hidden_size=128,
+            num_hidden_layers=1,
+            num_attention_heads=2,
+            intermediate_size=128,
+            max_position_embeddings=64,
+            hidden_dropout_prob=0.0,
+            attention_probs_dropout_prob=0.0,
         ),
-        stage1=Stage1Config(steps=10, batch_size=16, losses=("stc",)),
+        init_from=Path("bert"),
+        stage1=Stage1Config(
+            tokenizer=Path("bert"), embed_dim=128, steps=10, batch_size=16, losses=("stc",)
+        ),
         stage2=Stage2Config(steps=10, batch_size=16),
         dtype="bfloat16",
     )

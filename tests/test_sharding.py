@@ -9,12 +9,16 @@ import optax
 import pytest
 from flax import nnx
 
-from sparqle_jax.adapters.qformer import QFormer, QFormerConfig
+from sparqle_jax.adapters.qformer import Adapter as QFormer
+from sparqle_jax.adapters.qformer import Config as QFormerConfig
+from sparqle_jax.aligner import Aligner, AlignmentHeads
 from sparqle_jax.config import OptimConfig
 from sparqle_jax.data.pipeline import SKIPPED
-from sparqle_jax.encoders.hubert import Hubert, HubertConfig
-from sparqle_jax.llms.decoder import Decoder, DecoderConfig
-from sparqle_jax.model import Aligner, AlignmentHeads, SpeechLLM, make_projection, partition
+from sparqle_jax.encoders.hubert import Config as HubertConfig
+from sparqle_jax.encoders.hubert import Encoder as Hubert
+from sparqle_jax.llms.decoder import LLM as Decoder
+from sparqle_jax.llms.decoder import Config as DecoderConfig
+from sparqle_jax.model import SpeechLLM, make_projection, partition
 from sparqle_jax.sharding import batch_sharding, make_mesh, state_sharding
 from sparqle_jax.train import TrainState, make_optimizer, make_update, state_shardings
 from tests.batches import stage1_batch, stage2_batch
@@ -33,14 +37,11 @@ HUBERT = HubertConfig(
     num_conv_pos_embedding_groups=2,
 )
 QFORMER = QFormerConfig(
-    encoder_width=32,
     num_queries=4,
     hidden_size=16,
     num_hidden_layers=1,
     num_attention_heads=2,
     intermediate_size=32,
-    vocab_size=71,
-    bos_token_id=70,
     max_position_embeddings=16,
 )
 LLM = DecoderConfig(
@@ -56,12 +57,13 @@ LLM = DecoderConfig(
 
 def make_aligner(qformer: QFormerConfig) -> Aligner:
     rngs = nnx.Rngs(0)
-    return Aligner(Hubert(HUBERT, rngs=rngs), QFormer(qformer, rngs=rngs), AlignmentHeads(16, 8, rngs=rngs))
+    adapter = QFormer(qformer, 32, vocab_size=71, rngs=rngs)
+    return Aligner(Hubert(HUBERT, rngs=rngs), adapter, AlignmentHeads(16, 8, rngs=rngs))
 
 
 def make_sparqle(qformer: QFormerConfig) -> SpeechLLM:
     rngs = nnx.Rngs(0)
-    adapter = QFormer(dataclasses.replace(qformer, text=False), rngs=rngs)
+    adapter = QFormer(qformer, 32, rngs=rngs)
     projection = make_projection(16, 32, rngs=rngs)
     return SpeechLLM(Hubert(HUBERT, rngs=rngs), adapter, projection, Decoder(LLM, rngs=rngs))
 
@@ -138,7 +140,7 @@ def test_a_step_is_the_same_on_every_mesh(stage, shape, on_one):
 
 def test_accumulated_gradients_are_those_of_the_whole_batch():
     """Without dropout, which draws other numbers in parts; parts have other numbers of tokens."""
-    qformer = dataclasses.replace(QFORMER, hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0)
+    qformer = QFORMER.model_copy(update=dict(hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0))
     whole = one_step("stage2", (1, 1, 1), qformer, devices=jax.devices()[:1])
     assert_same_step(whole, one_step("stage2", (2, 1, 1), qformer, accumulate=4, devices=jax.devices()[:2]))
 

@@ -15,7 +15,6 @@ from flax import nnx
 
 from sparqle_jax.checkpoint import fingerprint
 from sparqle_jax.data.pipeline import Arrays, Waveforms
-from sparqle_jax.encoders.hubert import Hubert
 
 BATCH_SIZE = 32
 
@@ -46,14 +45,14 @@ class Frames:
         return {"frames": batch, "frames_mask": mask}
 
 
-def keep_frames(folder: Path, waveforms: Waveforms, encoder: Hubert) -> Frames:
+def keep_frames(folder: Path, waveforms: Waveforms, encoder: nnx.Module) -> Frames:
     """The frames of all waveforms, from their file in `folder`, or else computed and written to it.
 
     The file is named by what is in it: another encoder, or other recordings, have another file. It appears
     only when it is whole; who is stopped before goes on where it was. Raises ValueError when the disk has no
     room for it.
     """
-    width, num_frames = encoder.config.hidden_size, encoder.config.num_frames
+    width, num_frames = encoder.config.width, encoder.config.num_frames
     ends = np.concatenate([[0], np.cumsum(num_frames(waveforms.corpus.num_samples.astype(np.int64)))])
     file = folder / f"{_fingerprint(waveforms, encoder)}.frames"
     partial = file.with_suffix(".partial")
@@ -78,18 +77,18 @@ def _check_room(folder: Path, size: int) -> None:
         )
 
 
-def _fingerprint(waveforms: Waveforms, encoder: Hubert) -> str:
-    digest = hashlib.sha256(repr((encoder.config, waveforms.extractor, fingerprint(encoder))).encode())
+def _fingerprint(waveforms: Waveforms, encoder: nnx.Module) -> str:
+    digest = hashlib.sha256(repr((encoder.config, fingerprint(encoder))).encode())
     for data_set in waveforms.corpus.data_sets:
         digest.update(data_set.fingerprint.encode())
     return digest.hexdigest()[:16]
 
 
-def _compute(out: BinaryIO, ends: np.ndarray, waveforms: Waveforms, encoder: Hubert) -> None:
+def _compute(out: BinaryIO, ends: np.ndarray, waveforms: Waveforms, encoder: nnx.Module) -> None:
     """Appends the frames that are not in the file yet, whole batches at a time."""
     graph, state = nnx.split(encoder)
     encode = jax.jit(lambda state, waveform, mask: nnx.merge(graph, state)(waveform, mask)[0])
-    num, row_bytes = len(waveforms), 2 * encoder.config.hidden_size
+    num, row_bytes = len(waveforms), 2 * encoder.config.width
     whole = int(np.searchsorted(ends, out.tell() // row_bytes, "right")) - 1  # recordings in the file
     first = whole // BATCH_SIZE * BATCH_SIZE
     out.truncate(int(ends[first]) * row_bytes)

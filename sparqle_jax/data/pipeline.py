@@ -122,21 +122,20 @@ class Speech(Protocol):
 
 
 class Waveforms:
-    """The recordings of a corpus, as the encoder wants them.
+    """The recordings of a corpus, from -1 to 1.
 
-    Raises ValueError, naming the first ten, for recordings shorter than `min_samples` (one frame of the
-    encoder) or longer than `max_seconds`. Only their lengths are looked at for it.
+    Raises ValueError, naming the first ten, for recordings shorter than `min_samples` (which give the LLM no
+    token) or longer than `max_seconds`. Only their lengths are looked at for it.
     """
 
     def __init__(
         self,
         corpus: Corpus,
-        extractor: audio.FeatureExtractor,
         max_seconds: float,
         *,
         min_samples: int = 400,
     ):
-        self.corpus, self.extractor = corpus, extractor
+        self.corpus = corpus
         self.max_samples = round(max_seconds * audio.SAMPLE_RATE)
         lengths = corpus.num_samples
         unusable = np.flatnonzero((lengths > self.max_samples) | (lengths < min_samples))
@@ -159,7 +158,6 @@ class Waveforms:
             samples = self.corpus.samples(index)
             part = waveform[row, : len(samples)]
             np.multiply(samples, np.float32(1 / 32768), out=part)
-            self.extractor.apply(part)
             mask[row, : len(samples)] = True
         return {"waveform": waveform, "waveform_mask": mask}
 

@@ -41,8 +41,8 @@ SHOWN = 6  # utterances of each set on the page
 # Stage 2 of `make demo`: in minutes, small batches without dropout learn most.
 MINUTES = (
     "stage1=null",
-    f"adapter.start={MODELS / 'stage1.safetensors'}",
-    'adapter.sizes={"hidden_dropout_prob": 0.0}',
+    f"init_from={MODELS / 'stage1.safetensors'}",
+    "adapter.hidden_dropout_prob=0.0",
     "stage2.batch_size=8",
     "stage2.optim.lr=7e-4",
     "stage2.optim.warmup_steps=100",
@@ -88,9 +88,9 @@ def overrides(args: argparse.Namespace, models: Path) -> list[str]:
     changes = [
         f"run={args.run}",
         f"seed={args.seed}",
-        f"encoder={models / 'hubert'}",
+        f"encoder.folder={models / 'hubert'}",
         f"llm={models / 'llm'}",
-        f"adapter.tokenizer={models / 'words'}",
+        f"stage1.tokenizer={models / 'words'}",
         f"data.train={args.data / 'train'}",
         f"data.frames={args.data / 'frames'}",
         "data.test={}",

@@ -25,7 +25,7 @@ from transformers.audio_utils import mel_filter_bank, spectrogram, window_functi
 
 from sparqle_jax import audio, layers, pretrained
 from sparqle_jax.data.dataset import DataSet
-from sparqle_jax.encoders.hubert import Hubert, HubertConfig
+from sparqle_jax.encoders import hubert
 
 HOP = 320  # samples per frame
 CROP = 80  # frames per example of a batch
@@ -105,7 +105,7 @@ def draw_batch(
 
 
 def train(
-    encoder: Hubert,
+    encoder: hubert.Encoder,
     waveforms: list[np.ndarray],
     labels: list[np.ndarray],
     *,
@@ -114,7 +114,7 @@ def train(
     lr: float,
     seed: int,
     name: str,
-) -> Hubert:
+) -> hubert.Encoder:
     """The encoder after `steps` steps of masked prediction."""
     graph, state = nnx.split((encoder, Predictor(encoder.config.hidden_size, rngs=nnx.Rngs(seed))))
     schedule = optax.warmup_cosine_decay_schedule(0.0, lr, min(200, steps // 10), steps, lr / 100)
@@ -146,7 +146,7 @@ def train(
     return nnx.merge(graph, state)[0]
 
 
-def frames_of(encoder: Hubert, waveforms: list[np.ndarray], layer: int) -> list[np.ndarray]:
+def frames_of(encoder: hubert.Encoder, waveforms: list[np.ndarray], layer: int) -> list[np.ndarray]:
     """The encoder's frames [T, D] of each recording, after that layer."""
     graph, state = nnx.split(encoder)
     run = jax.jit(lambda state, waveform, mask: nnx.merge(graph, state)(waveform, mask, layer=layer)[0])
@@ -185,15 +185,14 @@ def main(argv: list[str] | None = None) -> None:
         mask_time_prob=0.0,  # transformers else expects the mask's embedding in the file
         architectures=["HubertModel"],
     )
-    config = HubertConfig.from_dict(settings.to_dict())
-    extractor = audio.FeatureExtractor()
+    config = hubert.Config.from_dict(settings.to_dict(), {"do_normalize": True})
     data = DataSet(args.data)
     numbers = range(min(len(data), RECORDINGS))
-    waveforms = [extractor(data.waveform(i)) for i in tqdm.tqdm(numbers, "recordings")]
+    waveforms = [data.waveform(i) for i in tqdm.tqdm(numbers, "recordings")]
     waveforms = [w for w in waveforms if config.num_frames(len(w)) >= CROP]
     features = [mfcc(w)[: config.num_frames(len(w))] for w in tqdm.tqdm(waveforms, "MFCCs")]
 
-    encoder = Hubert(config, rngs=nnx.Rngs(args.seed))
+    encoder = hubert.Encoder(config, rngs=nnx.Rngs(args.seed))
     for number, steps in enumerate(args.steps, 1):
         if not steps:
             continue

@@ -23,7 +23,7 @@ from transformers import LlamaConfig, PreTrainedTokenizerFast
 
 from sparqle_jax import pretrained, prompts
 from sparqle_jax.demo import grammar
-from sparqle_jax.llms.decoder import Decoder, DecoderConfig
+from sparqle_jax.llms import decoder
 from sparqle_jax.model import answer_loss, join_prompt
 
 CHAT_TEMPLATE = (
@@ -163,7 +163,7 @@ class Texts:
         return self.batch(rng.integers(len(self.answers), size=size), codes, rng, blur=0.7)
 
 
-def embed(llm: Decoder, batch: dict, key: jax.Array) -> tuple[jax.Array, jax.Array]:
+def embed(llm: decoder.LLM, batch: dict, key: jax.Array) -> tuple[jax.Array, jax.Array]:
     """The whole prompt with the sentence in it, blurred as the batch says: as `SpeechLLM.embed_prompt`."""
     table = llm.embeddings.embedding[...]
     tokens = jnp.einsum("BQL,BLM->BQM", batch["weights"], llm.embed(batch["middle"]))
@@ -173,10 +173,10 @@ def embed(llm: Decoder, batch: dict, key: jax.Array) -> tuple[jax.Array, jax.Arr
 
 
 def train(
-    texts: Texts, config: DecoderConfig, *, steps: int, batch_size: int, lr: float, seed: int
-) -> Decoder:
-    """A Decoder trained from scratch."""
-    graph, state = nnx.split(Decoder(config, rngs=nnx.Rngs(seed)))
+    texts: Texts, config: decoder.Config, *, steps: int, batch_size: int, lr: float, seed: int
+) -> decoder.LLM:
+    """An LLM trained from scratch."""
+    graph, state = nnx.split(decoder.LLM(config, rngs=nnx.Rngs(seed)))
     schedule = optax.warmup_cosine_decay_schedule(0.0, lr, min(200, steps // 10), steps, lr / 100)
     optimizer = optax.chain(optax.clip_by_global_norm(1.0), optax.adamw(schedule, b2=0.98, weight_decay=0.01))
 
@@ -201,7 +201,7 @@ def train(
     return nnx.merge(graph, state)
 
 
-def token_accuracy(llm: Decoder, texts: Texts, *, blur: float) -> dict[str, float]:
+def token_accuracy(llm: decoder.LLM, texts: Texts, *, blur: float) -> dict[str, float]:
     """By language, the share of answers of which every token is the likeliest after the right ones."""
     graph, state = nnx.split(llm)
 
@@ -256,7 +256,7 @@ def main(argv: list[str] | None = None) -> None:
     texts = Texts(sentences, prompter, VOCAB_SIZE)
     llm = train(
         texts,
-        DecoderConfig.from_dict(settings.to_dict()),
+        decoder.Config.from_dict(settings.to_dict()),
         steps=args.steps,
         batch_size=args.batch_size,
         lr=args.lr,

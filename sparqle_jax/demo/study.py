@@ -26,12 +26,11 @@ CONTROLS: dict[str, tuple[str, ...]] = {
     # From the stage 1 in the package: it knows nothing of translations.
     "translations": (
         "stage1=null",
-        f"adapter.start={MODELS / 'stage1.safetensors'}",
-        "adapter.sizes={}",
+        f"init_from={MODELS / 'stage1.safetensors'}",
         f"stage2.tasks={TASKS}",
         "stage2.steps=7500",
     ),
-    "random-encoder": ("encoder=FOLDER/random-hubert",),
+    "random-encoder": ("encoder.folder=FOLDER/random-hubert",),
     # A step of stage 1 takes as long as one of stage 2.
     "without-stage-1": ("stage1=null", "stage2.steps=5600"),
 }
@@ -43,7 +42,7 @@ ABLATIONS: dict[str, tuple[str, ...]] = {
     },
     # The time of stage 1 goes into more steps of stage 2.
     "no-stage-1": (*SHORT, "stage1=null", "stage2.steps=1200"),
-    **{f"{num}-queries": (*SHORT, f"adapter.sizes.num_queries={num}") for num in (16, 8)},
+    **{f"{num}-queries": (*SHORT, f"adapter.num_queries={num}") for num in (16, 8)},
 }
 GROUPS = {"controls": CONTROLS, "ablations": ABLATIONS}
 VARIANTS = CONTROLS | ABLATIONS

@@ -148,7 +148,7 @@ RULES = (
 
 
 def normalise(waveform: jax.Array, mask: jax.Array | None, how: str | None) -> jax.Array:
-    """Waveforms float [B, S] as `Config.normalize` says, each over its real samples; silence stays silence."""
+    """Waveforms float [B, S] as `Config.normalize` says, each over its real samples; silence stays."""
     if how is None:
         return waveform
     waveform = waveform.astype(jnp.float32)

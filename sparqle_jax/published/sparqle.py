@@ -269,6 +269,8 @@ def load_speech_llm(
     """
     config, _ = qformer_config(checkpoint, **values)
     tensors = open_checkpoint(checkpoint)
+    if isinstance(encoder, hubert.Config):
+        encoder = dataclasses.replace(encoder, compat=compat)
     encoder = _encoder_of(checkpoint, tensors, encoder, dtype, mesh)
     if isinstance(llm, decoder.Config):
         part = _part(tensors, "llama_model.") or _part(tensors, "llm_model.")

@@ -10,9 +10,10 @@ import torch
 from safetensors.torch import load_file
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from sparqle_jax import pretrained
-from sparqle_jax.encoders.hubert import HubertConfig
-from sparqle_jax.llms.decoder import DecoderConfig
+from sparqle_jax.encoders.hubert import Config as HubertConfig
+from sparqle_jax.llms.decoder import Config as DecoderConfig
+from sparqle_jax.published import sparqle as published
+from sparqle_jax.tensors import open_checkpoint
 from tests.conftest import assert_same_parameters
 from tests.memory import measure
 
@@ -33,7 +34,7 @@ def test_fairseqs_wrapper_with_towers(tmp_path, tiny, state, sparqle):
         extra_state={"best": np.float64(1.5), "loss": np.float32(2.0)},
     )
     torch.save(checkpoint, tmp_path / "SparQLe_best.pt")
-    loaded = pretrained.load_sparqle(
+    loaded = published.load_speech_llm(
         tmp_path / "SparQLe_best.pt",
         HubertConfig.from_dict(tiny.config["hubert"]),
         DecoderConfig.from_dict(tiny.config["llm"]),
@@ -44,14 +45,14 @@ def test_fairseqs_wrapper_with_towers(tmp_path, tiny, state, sparqle):
 
 def test_bfloat16(tmp_path):
     torch.save({"x": torch.arange(6.0).reshape(2, 3).bfloat16()}, tmp_path / "x.bin")
-    tensor = pretrained.open_checkpoint(tmp_path / "x.bin")["x"]
+    tensor = open_checkpoint(tmp_path / "x.bin")["x"]
     assert tensor.shape == (2, 3)
     np.testing.assert_array_equal(tensor.read((slice(1, 2), slice(0, 2))).astype(np.float32), [[3, 4]])
 
 
 def test_saved_for_pytorch(tmp_path, state, sparqle):
     """What we save loads in PyTorch as the reference does it, tensor for tensor."""
-    pretrained.save_published(sparqle, tmp_path / "adapter.pt")
+    published.save(sparqle, tmp_path / "adapter.pt")
     saved = torch.load(tmp_path / "adapter.pt", weights_only=True)["model"]
     expected = {k: v for k, v in state.items() if not k.startswith(("speech_encoder.", "llama_model."))}
     assert saved.keys() == expected.keys()
@@ -66,21 +67,21 @@ def test_code_in_a_checkpoint_is_not_run(tmp_path):
 
     torch.save({"model": {"x": Exploit()}}, tmp_path / "bad.pt")
     with pytest.raises(ValueError, match="running code from a checkpoint is refused"):
-        pretrained.open_checkpoint(tmp_path / "bad.pt")
+        open_checkpoint(tmp_path / "bad.pt")
     assert not (tmp_path / "ran").exists()
 
 
 def test_files_of_old_torch_and_of_parameters(tmp_path):
     state = {"x": torch.nn.Parameter(torch.arange(6.0).reshape(2, 3))}
     torch.save(state, tmp_path / "x.bin", _use_new_zipfile_serialization=False)
-    tensor = pretrained.open_checkpoint(tmp_path / "x.bin")["x"]
+    tensor = open_checkpoint(tmp_path / "x.bin")["x"]
     np.testing.assert_array_equal(tensor.read((slice(0, 2), slice(1, 2))), [[1], [4]])
 
 
 def test_not_a_dictionary(tmp_path):
     torch.save([torch.zeros(2)], tmp_path / "x.pt")
     with pytest.raises(ValueError, match="holds a list, not a dictionary of tensors"):
-        pretrained.open_checkpoint(tmp_path / "x.pt")
+        open_checkpoint(tmp_path / "x.pt")
 
 
 def test_peak_host_memory(tmp_path):
@@ -98,4 +99,4 @@ def test_peak_host_memory(tmp_path):
 def test_not_a_checkpoint(tmp_path):
     (tmp_path / "x.pt").write_bytes(b"hello")
     with pytest.raises(ValueError, match="could not be read as tensors alone"):
-        pretrained.open_checkpoint(tmp_path / "x.pt")
+        open_checkpoint(tmp_path / "x.pt")

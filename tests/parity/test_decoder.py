@@ -56,7 +56,7 @@ def models(request, tmp_path_factory):
     folder = tmp_path_factory.mktemp("llm")
     model.save_pretrained(folder, max_shard_size="100KB")  # several files and an index
     assert (folder / "model.safetensors.index.json").exists()
-    return model, pretrained.load_decoder(folder)
+    return model, pretrained.load_llm(folder)
 
 
 @pytest.fixture

@@ -6,8 +6,11 @@ import torch
 from flax import nnx
 from transformers import BertConfig, BertForMaskedLM, BertModel, Blip2QFormerConfig, Blip2QFormerModel
 
-from sparqle_jax import pretrained
-from sparqle_jax.adapters.qformer import QFormer, QFormerConfig
+from sparqle_jax import tables
+from sparqle_jax.adapters.qformer import Adapter as QFormer
+from sparqle_jax.adapters.qformer import Config as QFormerConfig
+from sparqle_jax.published import sparqle as published
+from sparqle_jax.tensors import Tensor
 from tests.conftest import call
 
 SIZES = dict(hidden_size=32, num_hidden_layers=4, num_attention_heads=4, intermediate_size=48)
@@ -34,7 +37,8 @@ def bert(request):
 def qformer(bert, tmp_path_factory):
     folder = tmp_path_factory.mktemp("bert")
     bert.save_pretrained(folder)
-    return pretrained.qformer_from_bert(folder, rngs=nnx.Rngs(0), encoder_width=24, num_queries=5)
+    config = QFormerConfig(**published.bert_config(folder)[0], num_queries=5)
+    return published.qformer_from_bert(folder, config, 24, text=True, rngs=nnx.Rngs(0))
 
 
 class TestBert:
@@ -83,14 +87,11 @@ def test_query_path_is_blip2s(freq):
         name = name.replace("layernorm.", "embeddings.LayerNorm.") if name.startswith("layernorm") else name
         tensors[f"Qformer.bert.{name}"] = tensor
     tensors = {
-        name: pretrained.Tensor(tuple(tensor.shape), tensor.numpy().__getitem__)
-        for name, tensor in tensors.items()
+        name: Tensor(tuple(tensor.shape), tensor.numpy().__getitem__) for name, tensor in tensors.items()
     }
-    sizes = QFormerConfig(
-        **SIZES, encoder_width=24, num_queries=5, cross_attention_freq=freq, layer_norm_eps=1e-12, text=False
-    )
-    ours = pretrained.load(
-        lambda rngs: QFormer(sizes, rngs=rngs), pretrained.qformer_table(sizes), tensors, name="BLIP-2"
+    sizes = QFormerConfig(**SIZES, num_queries=5, cross_attention_freq=freq, layer_norm_eps=1e-12)
+    ours = tables.load(
+        lambda rngs: QFormer(sizes, 24, rngs=rngs), published.qformer_table(sizes), tensors, name="BLIP-2"
     )
     rng = np.random.default_rng(0)
     frames = rng.normal(size=(2, 11, 24)).astype(np.float32)
@@ -103,4 +104,4 @@ def test_query_path_is_blip2s(freq):
             encoder_hidden_states=torch.from_numpy((frames - mean) / std),
             encoder_attention_mask=torch.from_numpy(mask).long(),
         ).last_hidden_state
-    np.testing.assert_allclose(call(ours.__call__, frames, mask), expected, atol=1e-4)
+    np.testing.assert_allclose(call(ours.__call__, frames, mask)[0], expected, atol=1e-4)

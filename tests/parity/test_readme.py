@@ -4,13 +4,13 @@ import shutil
 
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from sparqle_jax import pretrained
+from sparqle_jax.published import sparqle as published
 from tests.test_prompts import LLAMA3, tokenizer
 from tests.test_readme import BLOCKS, folders, run  # noqa: F401
 
 
 def test_published_weights(folders, tiny, sparqle, capsys):  # noqa: F811
-    pretrained.save_published(sparqle, folders / "SparQLe_best.pt")
+    published.save(sparqle, folders / "SparQLe_best.pt")
     llama = folders / "Meta-Llama-3-8B-Instruct"
     shutil.rmtree(llama)
     sizes = {"vocab_size": 128, "max_position_embeddings": 512}  # room for a tokenizer of characters
