@@ -70,21 +70,19 @@ class SpeechLLM(nnx.Module):
         A batch without waveform and frames has no speech: the LLM then answers to the text of the prompt
         alone.
         """
-        before, after = self.llm.embed(batch["before"]), self.llm.embed(batch["after"])
-        if "waveform" not in batch and "frames" not in batch:
-            embeddings = jnp.concatenate([before, after], 1)
-            return embeddings, jnp.concatenate([batch["before_mask"], batch["after_mask"]], 1)
-        speech, mask = self.embed_speech(batch, key)
-        embeddings = jnp.concatenate([before, speech, after], 1)
-        return embeddings, jnp.concatenate([batch["before_mask"], mask, batch["after_mask"]], 1)
+        if "waveform" in batch or "frames" in batch:
+            speech, mask = self.embed_speech(batch, key)
+        else:
+            speech = jnp.zeros((len(batch["before"]), 0, self.llm.config.width), self.llm.dtype)
+            mask = jnp.ones(speech.shape[:2], bool)
+        return join_prompt(self.llm, batch, speech, mask)
 
     def loss(
         self, batch: Batch, key: jax.Array, *, train: bool = True
     ) -> tuple[jax.Array, dict[str, jax.Array]]:
         """Cross-entropy of the answer, averaged over the answer tokens of the batch; and their number."""
         prompt, mask = self.embed_prompt(batch, key if train else None)
-        hidden = self.llm.answer_states(prompt, mask, batch["answer"], batch["answer_mask"])
-        loss = losses.token_loss(hidden, batch["answer"], batch["answer_mask"], self.llm.logits)
+        loss = answer_loss(self.llm, prompt, mask, batch["answer"], batch["answer_mask"])
         return loss, {"tokens": batch["answer_mask"].sum()}
 
     def flops(self, batch: Batch) -> dict[str, int]:
@@ -119,6 +117,23 @@ def encode_speech(encoder: nnx.Module, batch: Batch) -> tuple[jax.Array, jax.Arr
     if "frames" in batch:
         return jnp.asarray(batch["frames"], encoder.dtype), batch["frames_mask"]
     return encoder(batch["waveform"], batch.get("waveform_mask"))
+
+
+def join_prompt(
+    llm: nnx.Module, batch: Batch, middle: jax.Array, middle_mask: jax.Array
+) -> tuple[jax.Array, jax.Array]:
+    """The prompt around what stands for the speech: middle [B, Q, M] -> embeddings [B, L, M], mask [B, L]."""
+    before, after = llm.embed(batch["before"]), llm.embed(batch["after"])
+    embeddings = jnp.concatenate([before, middle, after], 1)
+    return embeddings, jnp.concatenate([batch["before_mask"], middle_mask, batch["after_mask"]], 1)
+
+
+def answer_loss(
+    llm: nnx.Module, prompt: jax.Array, prompt_mask: jax.Array, answer: jax.Array, answer_mask: jax.Array
+) -> jax.Array:
+    """Cross-entropy of answers int [B, L] after prompts [B, P, M]: the mean over all answer tokens."""
+    hidden = llm.answer_states(prompt, prompt_mask, answer, answer_mask)
+    return losses.token_loss(hidden, answer, answer_mask, llm.logits)
 
 
 def encoder_flops(encoder: nnx.Module, batch: Batch) -> tuple[int, tuple[int, int]]:

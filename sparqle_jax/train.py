@@ -656,9 +656,9 @@ class Run:
         most, seconds = encoder.max_samples, self.config.data.max_seconds
         if most is not None and round(seconds * audio.SAMPLE_RATE) > most:
             raise ValueError(
-                f"data.max_seconds={seconds:g} is more than the {most / audio.SAMPLE_RATE:g} s that the encoder "
-                f"in {self.config.encoder.folder} hears at once: set data.max_seconds to that, and prepare the "
-                "data with --max-seconds."
+                f"data.max_seconds={seconds:g} is more than the {most / audio.SAMPLE_RATE:g} s that the "
+                f"encoder in {self.config.encoder.folder} hears at once: set data.max_seconds to that, and "
+                "prepare the data with --max-seconds."
             )
 
     def _waveforms(self, corpus: Corpus, encoder: nnx.Module) -> Waveforms:

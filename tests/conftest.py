@@ -87,7 +87,7 @@ def sparqle(tiny):
 
 def with_compat(encoder, compat):
     """The same encoder, as it is with `compat`."""
-    graph, state = nnx.split(encoder)
+    state = nnx.state(encoder)
     config = dataclasses.replace(encoder.config, compat=compat)
     other = nnx.eval_shape(lambda: type(encoder)(config, dtype=encoder.dtype, rngs=nnx.Rngs(0)))
     return nnx.merge(nnx.graphdef(other), state)

@@ -20,7 +20,7 @@ def test_overrides_reach_any_depth_and_keep_their_types():
         [
             "stage2.optim.lr=1e-4",
             "stage1=null",
-            "adapter.sizes.num_queries=8",
+            "adapter.num_queries=8",
             'test_languages=["fr"]',
             "run=elsewhere",
             'stage2.tasks={"transcribe": 1, "fr": 0.5}',
@@ -29,7 +29,7 @@ def test_overrides_reach_any_depth_and_keep_their_types():
     )
     assert config.stage2.optim.lr == 1e-4
     assert config.stage1 is None
-    assert config.adapter.sizes["num_queries"] == 8
+    assert config.adapter.num_queries == 8
     assert config.test_languages == ("fr",)
     assert config.run == Path("elsewhere")
     assert config.stage2.tasks == {"transcribe": 1.0, "fr": 0.5}

@@ -76,7 +76,11 @@ def test_from_scratch_to_a_package_of_its_own(small_world, tmp_path, monkeypatch
     shrink(language_model, "--steps", "2", "--batch-size", "2", "--width", "32", "--layers", "1")
     sizes = dict(num_queries=4, span_frames=150, hidden_size=32, num_hidden_layers=1)
     sizes |= dict(num_attention_heads=2, intermediate_size=64, max_position_embeddings=32)
-    changes = [f"adapter.sizes={json.dumps(sizes)}", "adapter.features=8", "max_new_tokens=8"]
+    changes = [
+        f"adapter={json.dumps({'kind': 'qformer', **sizes})}",
+        "stage1.embed_dim=8",
+        "max_new_tokens=8",
+    ]
     changes += [f"{stage}.{size}" for stage in ("stage1", "stage2") for size in ("steps=2", "batch_size=8")]
     run = tmp_path / "run"
     arguments = [

@@ -12,20 +12,13 @@ from flax import nnx
 from sparqle_jax import flops
 from sparqle_jax.adapters.qformer import Adapter as QFormer
 from sparqle_jax.adapters.qformer import Config as QFormerConfig
+from sparqle_jax.aligner import STAGE_1_LOSSES, Aligner, AlignmentHeads
 from sparqle_jax.encoders.hubert import Config as HubertConfig
 from sparqle_jax.encoders.hubert import Encoder as Hubert
 from sparqle_jax.flops import Flops
 from sparqle_jax.llms.decoder import LLM as Decoder
 from sparqle_jax.llms.decoder import Config as DecoderConfig
-from sparqle_jax.model import (
-    STAGE_1_LOSSES,
-    Aligner,
-    AlignmentHeads,
-    SpeechLLM,
-    encode_speech,
-    make_projection,
-    partition,
-)
+from sparqle_jax.model import SpeechLLM, encode_speech, make_projection, partition
 from sparqle_jax.sharding import make_mesh
 
 SUBSETS = [names for n in (1, 2, 3) for names in itertools.combinations(STAGE_1_LOSSES, n)]

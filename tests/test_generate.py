@@ -8,7 +8,7 @@ from flax import nnx
 
 from sparqle_jax import generate as module
 from sparqle_jax.generate import GenerationConfig, draw, generate, process, stream
-from sparqle_jax.llms.decoder import Decoder
+from sparqle_jax.llms.decoder import LLM as Decoder
 from sparqle_jax.model import SpeechLLM, make_projection
 from sparqle_jax.sharding import make_mesh, state_sharding
 from tests.batches import padded, stage2_batch

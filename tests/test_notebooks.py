@@ -100,6 +100,6 @@ def test_fine_tuning_halves_the_errors(execute, tmp_path):
 def test_the_recipe_of_the_notebook_is_the_one_for_the_shell():
     config = read_config(ROOT / "configs" / "finetune.py")
     assert config.stage1 is None
-    assert config.adapter.start.is_file()
+    assert config.init_from.is_file()
     assert config.stage2.steps == 200
     assert config.stage2.optim.lr == 1e-3

@@ -331,7 +331,8 @@ def chip_named(slice_: str):
 
 @pytest.mark.parametrize("start", ["null", str(MODELS / "stage1.safetensors")])
 def test_models_buckets_and_batches_are_those_of_training(start, small_world, tmp_path, monkeypatch, capsys):
-    sizes = {} if start != "null" else dict(num_queries=4, hidden_size=48, num_hidden_layers=1)
+    sizes = dict(kind="qformer", num_queries=4, hidden_size=48, num_hidden_layers=1)
+    adapter = None if start != "null" else sizes
     changes = [
         f"run={tmp_path}",
         f"data.train={small_world / 'train'}",
@@ -339,8 +340,8 @@ def test_models_buckets_and_batches_are_those_of_training(start, small_world, tm
         "data.frames=null",
         "data.buckets=2",
         "data.max_text_tokens=24",
-        f"adapter.start={start}",
-        f"adapter.sizes={json.dumps(sizes)}",
+        f"init_from={start}",
+        f"adapter={json.dumps(adapter)}",
         "stage1.batch_size=8",
         "stage2.batch_size=8",
     ]
@@ -373,14 +374,14 @@ def shapes(tree) -> dict:
 
 
 def test_what_is_not_there_is_assumed_and_said(config):
-    changes = ["adapter.start=null", "data.max_text_tokens=null", "data.buckets=[0.25,0.5]"]
+    changes = ["init_from=null", "data.max_text_tokens=null", "data.buckets=[0.25,0.5]"]
     planner = make_planner(config, "v5e-4", 1, *changes)
     assert planner.assumed == {
         "prompts of 48 + 16 tokens",
         "texts of 128 tokens (data.max_text_tokens says how many)",
-        "the vocabulary of bert-base-uncased (adapter.tokenizer is not here)",
+        "the vocabulary of bert-base-uncased (stage1.tokenizer is not here)",
     }
-    assert planner.modules["stage1"].adapter.config.vocab_size == 30523
+    assert planner.modules["stage1"].adapter.vocab_size == 30523
     assert planner.buckets["stage2"] == [Bucket(4000, 32), Bucket(8000, 16)]
     assert planner.steps()[:2] == [("stage1", Bucket(8000, 16)), ("stage1", Bucket(4000, 32))]
 

@@ -52,8 +52,8 @@ def arguments(run: Path, world: Path, *more: str) -> list[str]:
         f"data.train={world / 'train'}",
         "data.frames=null",  # the encoder hears every batch; tests/test_demo.py keeps its frames
         "data.test=" + json.dumps({"heard": str(world / "heard")}),
-        f"adapter.sizes={json.dumps(SIZES)}",
-        "adapter.features=8",
+        f"adapter={json.dumps({'kind': 'qformer', **SIZES})}",
+        "stage1.embed_dim=8",
         'test_languages=["fr"]',
     ]
     for stage in ("stage1", "stage2"):
@@ -272,10 +272,10 @@ def test_a_step_that_is_not_finite_stops_and_can_be_done_again(small_world, tmp_
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ("encoder=nowhere", "nowhere is no folder"),
+        ("encoder=nowhere", "nowhere has no config.json"),
         ("llm=nowhere", "nowhere"),
         ("data.train=nowhere", "nowhere is no data set"),
-        ("adapter.tokenizer=nowhere", "nowhere is no folder"),
+        ("stage1.tokenizer=nowhere", "nowhere is no folder"),
         ("data.max_seconds=1.2", "or longer than data.max_seconds=1.2: 000"),
         ("data.buckets=[1.2]", "recordings are longer than the longest bucket, 1.20 s"),
         ("data.batch_multiple=3", "batch_size=8 is not a multiple of data.batch_multiple=3"),
@@ -287,8 +287,8 @@ def test_a_step_that_is_not_finite_stops_and_can_be_done_again(small_world, tmp_
         ('data.train={"a": {"folder": "A", "weight": 1}, "b": {"folder": "B"}}', "has weights, but not for"),
         ('test_languages=["it"]', "has no translations into 'it'"),
         ('test_languages=["klingonish"]', "'klingonish' is neither a language's name nor its code"),
-        ("adapter.sizes.hidden=3", "there are no keys ['hidden']"),
-        ("adapter.sizes.max_position_embeddings=4", "make max_position_embeddings larger"),
+        ("adapter.hidden=3", "adapter.hidden: there is no such key; valid here: kind, num_queries"),
+        ("adapter.max_position_embeddings=4", "make max_position_embeddings larger"),
         ("mesh.data=3", "a mesh of data=3, fsdp=1, model=1 needs 3 devices, but there are 8"),
         ("mesh.fsdp=3", "a mesh of data=-1, fsdp=3, model=1 needs a multiple of 3 devices"),
         ("stage2.batch_size=12", "batches of 12 can't be split into 8 equal parts"),

@@ -23,9 +23,10 @@ from transformers import HubertConfig as TransformersHubertConfig
 from transformers import Wav2Vec2FeatureExtractor
 from transformers.audio_utils import mel_filter_bank, spectrogram, window_function
 
-from sparqle_jax import audio, layers, pretrained
+from sparqle_jax import audio, encoders, layers, pretrained
 from sparqle_jax.data.dataset import DataSet
-from sparqle_jax.encoders import hubert
+
+hubert = encoders.FAMILIES["hubert"]
 
 HOP = 320  # samples per frame
 CROP = 80  # frames per example of a batch
@@ -105,7 +106,7 @@ def draw_batch(
 
 
 def train(
-    encoder: hubert.Encoder,
+    encoder: nnx.Module,
     waveforms: list[np.ndarray],
     labels: list[np.ndarray],
     *,
@@ -114,7 +115,7 @@ def train(
     lr: float,
     seed: int,
     name: str,
-) -> hubert.Encoder:
+) -> nnx.Module:
     """The encoder after `steps` steps of masked prediction."""
     graph, state = nnx.split((encoder, Predictor(encoder.config.hidden_size, rngs=nnx.Rngs(seed))))
     schedule = optax.warmup_cosine_decay_schedule(0.0, lr, min(200, steps // 10), steps, lr / 100)
@@ -146,7 +147,7 @@ def train(
     return nnx.merge(graph, state)[0]
 
 
-def frames_of(encoder: hubert.Encoder, waveforms: list[np.ndarray], layer: int) -> list[np.ndarray]:
+def frames_of(encoder: nnx.Module, waveforms: list[np.ndarray], layer: int) -> list[np.ndarray]:
     """The encoder's frames [T, D] of each recording, after that layer."""
     graph, state = nnx.split(encoder)
     run = jax.jit(lambda state, waveform, mask: nnx.merge(graph, state)(waveform, mask, layer=layer)[0])

@@ -11,6 +11,7 @@ import argparse
 import dataclasses
 import functools
 from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -21,10 +22,11 @@ from flax import nnx
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import LlamaConfig, PreTrainedTokenizerFast
 
-from sparqle_jax import pretrained, prompts
+from sparqle_jax import llms, pretrained, prompts
 from sparqle_jax.demo import grammar
-from sparqle_jax.llms import decoder
 from sparqle_jax.model import answer_loss, join_prompt
+
+decoder = llms.FAMILIES["llama"]
 
 CHAT_TEMPLATE = (
     "{{ bos_token }}{% for message in messages %}<|{{ message['role'] }}|>{{ message['content'] }}"
@@ -163,7 +165,7 @@ class Texts:
         return self.batch(rng.integers(len(self.answers), size=size), codes, rng, blur=0.7)
 
 
-def embed(llm: decoder.LLM, batch: dict, key: jax.Array) -> tuple[jax.Array, jax.Array]:
+def embed(llm: nnx.Module, batch: dict, key: jax.Array) -> tuple[jax.Array, jax.Array]:
     """The whole prompt with the sentence in it, blurred as the batch says: as `SpeechLLM.embed_prompt`."""
     table = llm.embeddings.embedding[...]
     tokens = jnp.einsum("BQL,BLM->BQM", batch["weights"], llm.embed(batch["middle"]))
@@ -172,9 +174,7 @@ def embed(llm: decoder.LLM, batch: dict, key: jax.Array) -> tuple[jax.Array, jax
     return join_prompt(llm, batch, tokens + blank * table[0] + noise, batch["middle_mask"])
 
 
-def train(
-    texts: Texts, config: decoder.Config, *, steps: int, batch_size: int, lr: float, seed: int
-) -> decoder.LLM:
+def train(texts: Texts, config: Any, *, steps: int, batch_size: int, lr: float, seed: int) -> nnx.Module:
     """An LLM trained from scratch."""
     graph, state = nnx.split(decoder.LLM(config, rngs=nnx.Rngs(seed)))
     schedule = optax.warmup_cosine_decay_schedule(0.0, lr, min(200, steps // 10), steps, lr / 100)
@@ -201,7 +201,7 @@ def train(
     return nnx.merge(graph, state)
 
 
-def token_accuracy(llm: decoder.LLM, texts: Texts, *, blur: float) -> dict[str, float]:
+def token_accuracy(llm: nnx.Module, texts: Texts, *, blur: float) -> dict[str, float]:
     """By language, the share of answers of which every token is the likeliest after the right ones."""
     graph, state = nnx.split(llm)
 

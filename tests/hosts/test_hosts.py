@@ -95,7 +95,7 @@ def test_a_record_that_one_process_can_not_read_stops_all_of_them(small_world, t
 
 def test_an_adapter_to_start_from_and_workers_serve_several_processes(runs, small_world, tmp_path):
     adapter = runs[1] / "stage1" / "adapter.safetensors"
-    changes = ("stage1=null", f"adapter.start={adapter}", "adapter.sizes={}", "data.workers=1")
+    changes = ("stage1=null", f"init_from={adapter}", "adapter=null", "data.workers=1")
     train_on(2, tmp_path / "run", small_world, *changes, "stage2.steps=2", "stage2.evaluate=false")
     assert [row["step"] for row in metrics(tmp_path / "run", "stage2")] == [1, 2]
 
@@ -105,7 +105,7 @@ def test_a_folder_that_only_the_first_process_sees_is_an_error(small_world, tmp_
     towers = (
         f"encoder={MODELS / 'hubert'}",
         f"llm={MODELS / 'llm'}",
-        f"adapter.tokenizer={MODELS / 'words'}",
+        f"stage1.tokenizer={MODELS / 'words'}",
     )
     started = cluster.start(2, 2, arguments(Path("run"), small_world, *CHANGES, *towers), apart=tmp_path)
     for status, output in cluster.finish(started):

@@ -58,7 +58,7 @@ def hubert_large(folder: Path) -> bool:
     waveform = np.random.default_rng(0).normal(size=(1, 160_000)).astype(np.float32)
     with torch.no_grad():
         expected = model(torch.from_numpy(waveform)).last_hidden_state.numpy()
-    hubert = pretrained.load_encoder(folder)
+    hubert = pretrained.load_encoder(folder, normalize=None)
     frames = np.asarray(jax.block_until_ready(call(hubert.__call__, waveform)[0]))
     difference = np.abs(frames - expected).max()
     print(
