@@ -3,7 +3,8 @@
 The shape letters are those of `model.py`.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -14,6 +15,7 @@ from sparqle_jax import flops, layers, losses
 from sparqle_jax.model import Batch, encode_speech, encoder_flops
 
 STAGE_1_LOSSES = ("stc", "stm", "stg")
+SPEECH = ("waveform", "waveform_mask", "frames", "frames_mask")  # what of a batch the encoder hears
 
 
 class AlignmentHeads(nnx.Module):
@@ -42,7 +44,9 @@ class Aligner(nnx.Module):
 
     batch: waveform float [B, S], waveform_mask bool [B, S], text int [B, L] (the adapter's tokens,
     from its [CLS] on), text_mask bool [B, L], recording_id int [B] (equal for texts of one recording).
-    losses: which of STAGE_1_LOSSES are trained on, for ablations.
+    losses: which of STAGE_1_LOSSES are trained on, for ablations. accumulate: into how many parts a batch is
+    cut that go through the adapter one after the other, as in GradCache (Gao et al., 2021): features of all
+    are compared, so the losses are those of the whole batch, and the memory is that of a part.
     """
 
     def __init__(
@@ -52,6 +56,7 @@ class Aligner(nnx.Module):
         heads: AlignmentHeads,
         *,
         losses: Sequence[str] = STAGE_1_LOSSES,
+        accumulate: int = 1,
     ):
         if not hasattr(adapter, "encode_pairs"):
             raise ValueError(
@@ -61,7 +66,7 @@ class Aligner(nnx.Module):
         if unknown := set(losses) - set(STAGE_1_LOSSES):
             raise ValueError(f"losses {sorted(unknown)} do not exist; choose among {list(STAGE_1_LOSSES)}.")
         self.encoder, self.adapter, self.heads = encoder, adapter, heads
-        self.losses = tuple(losses)
+        self.losses, self.accumulate = tuple(losses), accumulate
 
     def matching_logits(
         self,
@@ -77,16 +82,25 @@ class Aligner(nnx.Module):
         negatives: indices int [B] of the wrong recordings and of the wrong texts.
         """
         wrong_speech, wrong_text = negatives
-        if frames_mask is not None:
-            frames_mask = jnp.concatenate([frames_mask, frames_mask[wrong_speech], frames_mask])
-        queries = self.adapter.encode_pairs(
-            jnp.concatenate([frames, frames[wrong_speech], frames]),
-            frames_mask,
-            jnp.concatenate([text, text, text[wrong_text]]),
-            jnp.concatenate([text_mask, text_mask, text_mask[wrong_text]]),
-            key,
-        )
-        return self.heads.matching(queries).astype(jnp.float32).mean(1)
+        if frames_mask is None:
+            frames_mask = jnp.ones(frames.shape[:2], bool)
+        rows = (frames, frames_mask, frames[wrong_speech], frames_mask[wrong_speech])
+        rows += (text, text_mask, text[wrong_text], text_mask[wrong_text])
+
+        def logits_of(
+            key, frames, mask, other_frames, other_mask, text, text_mask, other_text, other_text_mask
+        ):
+            queries = self.adapter.encode_pairs(
+                jnp.concatenate([frames, other_frames, frames]),
+                jnp.concatenate([mask, other_mask, mask]),
+                jnp.concatenate([text, text, other_text]),
+                jnp.concatenate([text_mask, text_mask, other_text_mask]),
+                key,
+            )
+            logits = self.heads.matching(queries).astype(jnp.float32).mean(1)
+            return logits.reshape(3, -1, 2).swapaxes(0, 1)
+
+        return _whole(self._in_parts(logits_of, key, rows)).swapaxes(0, 1).reshape(-1, 2)
 
     def loss(
         self,
@@ -100,19 +114,21 @@ class Aligner(nnx.Module):
 
         negatives: the indices of the hard negatives, in place of drawing them (see `matching_logits`).
         """
-        frames, frames_mask = encode_speech(self.encoder, batch)
+        speech = {name: batch[name] for name in SPEECH if name in batch}
         text, text_mask, ids = (jnp.asarray(batch[k]) for k in ("text", "text_mask", "recording_id"))
-        negatives_key, *keys = jax.random.split(key, 5)
-        speech_key, text_key, pairs_key, causal_key = keys if train else [None] * 4
+        negatives_key, features_key, pairs_key = jax.random.split(key, 3)
+        if not train:
+            features_key = pairs_key = None
 
-        queries, cache = self.adapter.encode_queries(frames, frames_mask, speech_key)
+        frames, frames_mask = map(
+            _whole, self._in_parts(lambda _, speech: encode_speech(self.encoder, speech), None, (speech,))
+        )
+        rows = (frames, frames_mask, text, text_mask)
+        speech_features, text_features, generation = self._in_parts(self._features, features_key, rows)
         parts = {}
         if "stc" in self.losses or "stm" in self.losses:  # hard negatives are drawn by similarity
-            encoded_text = self.adapter.encode_text(text, text_mask, text_key)
             similarities = losses.similarity(
-                self.heads.speech_features(queries),
-                self.heads.text_features(encoded_text),
-                self.heads.temperature[...],
+                _whole(speech_features), _whole(text_features), self.heads.temperature[...]
             )
         if "stc" in self.losses:
             parts["stc"] = losses.contrastive_loss(similarities, ids)
@@ -122,12 +138,47 @@ class Aligner(nnx.Module):
             logits = self.matching_logits(frames, frames_mask, text, text_mask, negatives, pairs_key)
             parts["stm"] = losses.matching_loss(logits, ids)
         if "stg" in self.losses:
+            parts["stg"] = generation.sum() / jnp.maximum(text_mask[:, 1:].sum(), 1)
+        return sum(parts.values()), parts
+
+    def _features(
+        self,
+        key: jax.Array | None,
+        frames: jax.Array,
+        frames_mask: jax.Array,
+        text: jax.Array,
+        text_mask: jax.Array,
+    ) -> tuple[jax.Array, jax.Array, jax.Array]:
+        """Some examples, each for itself: features of speech [B, Q, E] and of text [B, E], and the sum of STG
+        over their tokens. What no loss reads of them is not computed."""
+        speech_key, text_key, causal_key = [None] * 3 if key is None else jax.random.split(key, 3)
+        queries, cache = self.adapter.encode_queries(frames, frames_mask, speech_key)
+        encoded_text = self.adapter.encode_text(text, text_mask, text_key)
+        generation = jnp.float32(0)
+        if "stg" in self.losses:
             decoder_text = text.at[:, 0].set(self.adapter.bos_token_id)
             hidden = self.adapter.encode_text_causally(decoder_text, text_mask, cache, causal_key)
-            parts["stg"] = losses.token_loss(
-                hidden[:, :-1], text[:, 1:], text_mask[:, 1:], self.adapter.lm_logits, label_smoothing=0.1
+            targets, mask = text[:, 1:], text_mask[:, 1:]
+            mean = losses.token_loss(
+                hidden[:, :-1], targets, mask, self.adapter.lm_logits, label_smoothing=0.1
             )
-        return sum(parts.values()), parts
+            generation = mean * mask.sum()
+        return self.heads.speech_features(queries), self.heads.text_features(encoded_text), generation
+
+    def _in_parts(self, function: Callable, key: jax.Array | None, rows: tuple) -> Any:
+        """`function(key, *rows)` of the examples in `accumulate` parts, one after the other: arrays [P, ...].
+
+        The backward pass computes each part again, and keeps no more than one part's intermediate results.
+        With a key, each part draws by one of its own, the same both times.
+        """
+        number = self.accumulate
+        keys = None if key is None else jax.random.split(key, number)
+        if number == 1:
+            key = None if keys is None else keys[0]
+            return jax.tree.map(lambda x: x[None], function(key, *rows))
+        # Each part has an equal share of the examples of every device.
+        cut = jax.tree.map(lambda x: x.reshape(-1, number, *x.shape[1:]).swapaxes(0, 1), rows)
+        return jax.lax.map(jax.checkpoint(lambda part: function(*part)), (keys, *cut))
 
     def flops(self, batch: Batch) -> dict[str, int]:
         """Matrix products of one training step, by part of the model. See `SpeechLLM.flops`."""
@@ -163,6 +214,11 @@ class Aligner(nnx.Module):
             )
             parts["adapter, LM head"] = flops.TRAINED * head
         return parts | {"heads": heads}
+
+
+def _whole(parts: jax.Array) -> jax.Array:
+    """The rows of all parts [P, B / P, ...] in the order of the batch: [B, ...]."""
+    return parts.swapaxes(0, 1).reshape(-1, *parts.shape[2:])
 
 
 def _normalise(x: jax.Array) -> jax.Array:

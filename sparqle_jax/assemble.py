@@ -16,7 +16,7 @@ from jax.typing import DTypeLike
 from safetensors.numpy import save as as_safetensors
 
 from sparqle_jax import adapters, hosts, pretrained
-from sparqle_jax.aligner import STAGE_1_LOSSES, Aligner, AlignmentHeads
+from sparqle_jax.aligner import Aligner, AlignmentHeads
 from sparqle_jax.compat import Compat
 from sparqle_jax.config import Config, EncoderOptions
 from sparqle_jax.model import SpeechLLM, make_projection, partition
@@ -43,12 +43,15 @@ class Parts(pydantic.BaseModel, frozen=True, extra="forbid"):
 
 
 def make_aligner(
-    encoder: nnx.Module, parts: Parts, *, losses: tuple[str, ...], dtype: DTypeLike, rngs: nnx.Rngs
+    encoder: nnx.Module, parts: Parts, *, dtype: DTypeLike, rngs: nnx.Rngs, **options
 ) -> Aligner:
-    """Stage 1 on an encoder, its adapter and heads new. Raises ValueError for one without a text half."""
+    """Stage 1 on an encoder, its adapter and heads new; options are those of `Aligner`.
+
+    Raises ValueError for an adapter without a text half.
+    """
     adapter = _new_adapter(encoder, parts, dtype, rngs)
     heads = AlignmentHeads(parts.adapter.width, parts.embed_dim, dtype=dtype, rngs=rngs)
-    return Aligner(encoder, adapter, heads, losses=losses)
+    return Aligner(encoder, adapter, heads, **options)
 
 
 def make_speech_llm(
@@ -124,15 +127,21 @@ def parts_of(config: Config, vocab_size: int | None = None) -> Parts:
     return saved.model_copy(update={"adapter": config.adapter})
 
 
+def stage1_settings(config: Config) -> dict[str, Any]:
+    """The options of `Aligner` that a run has chosen."""
+    return dict(losses=config.stage1.losses, accumulate=config.stage1.accumulate)
+
+
 def new_aligner(
     config: Config, encoder: nnx.Module, vocab_size: int, mesh: Mesh | None, rngs: nnx.Rngs
 ) -> Aligner:
     """The stage 1 of a run on its encoder, up to its first step."""
-    dtype, start, losses = jnp.dtype(config.dtype), config.init_from, config.stage1.losses
+    dtype, start = jnp.dtype(config.dtype), config.init_from
+    settings = stage1_settings(config)
     parts = parts_of(config, vocab_size)
     if start is not None and not start.is_dir():
-        return load_aligner(start, encoder, losses=losses, parts=parts, dtype=dtype, mesh=mesh)
-    aligner = make_aligner(encoder, parts, losses=losses, dtype=dtype, rngs=rngs)
+        return load_aligner(start, encoder, parts=parts, dtype=dtype, mesh=mesh, **settings)
+    aligner = make_aligner(encoder, parts, dtype=dtype, rngs=rngs, **settings)
     if start is not None:
         options: dict[str, Any] = dict(text=True, dtype=dtype, mesh=mesh, rngs=rngs)
         aligner.adapter = published.qformer_from_bert(start, parts.adapter, encoder.config.width, **options)
@@ -247,23 +256,25 @@ def load_aligner(
     file: str | Path,
     encoder: nnx.Module,
     *,
-    losses: tuple[str, ...] = STAGE_1_LOSSES,
     parts: Parts | None = None,
     dtype: DTypeLike = jnp.float32,
     mesh: Mesh | None = None,
+    **options,
 ) -> Aligner:
     """Stage 1 on its encoder, from a file of stage 1 that `save` wrote, or one with the published names.
 
-    parts: as for `load_speech_llm`."""
+    parts: as for `load_speech_llm`; options are those of `Aligner`.
+    """
     parts = parts or read_parts(file)
     if parts.embed_dim is None or parts.vocab_size is None:
         raise ValueError(
             f"{file} is of stage 2, which has no text half: leave stage 1 out (--set stage1=null)."
         )
     if PARTS not in read_metadata(file):
-        options: dict[str, Any] = dict(losses=losses, dtype=dtype, mesh=mesh)
-        return published.load_aligner(file, encoder, **options, **parts.adapter.model_dump())
-    new = make_aligner(encoder, parts, losses=losses, dtype=dtype, rngs=nnx.Rngs(0))
+        sizes = parts.adapter.model_dump()
+        aligner = published.load_aligner(file, encoder, dtype=dtype, mesh=mesh, **sizes)
+        return Aligner(encoder, aligner.adapter, aligner.heads, **options)
+    new = make_aligner(encoder, parts, dtype=dtype, rngs=nnx.Rngs(0), **options)
     return _restored(new, file, mesh)
 
 

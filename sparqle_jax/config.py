@@ -72,16 +72,28 @@ class StageConfig(Model):
     """One stage. batch_size: examples in a batch of the longest recordings, on all devices together; of
     shorter ones there are more, for about the same seconds. save_every: steps between checkpoints; the last
     `keep` are kept. test_every: steps, a multiple of save_every, between looks at the loss on data.test; the
-    checkpoint with the lowest is kept as well."""
+    checkpoint with the lowest is kept as well.
+
+    accumulate: into how many parts a batch is cut that are computed one after the other, so that the memory
+    is that of one; the loss and its gradient are those of the whole batch. In stage 1, whose losses compare
+    all examples, a part is computed again in the backward pass, and features and frames of the whole batch
+    stay in memory.
+    """
 
     steps: Positive
     batch_size: Positive
+    accumulate: Positive = 1
     optim: OptimConfig = OptimConfig()
     save_every: Positive = 1000
     keep: Positive = 2
     log_every: Positive = 10
     test_every: Positive | None = None
     evaluate: bool = True  # on data.test, when the stage ends
+
+    @property
+    def summed_parts(self) -> int:
+        """The parts of a batch whose gradients are summed: in stage 1 one, as its model cuts the batch."""
+        return 1
 
     @pydantic.model_validator(mode="after")
     def _tests_are_saved(self) -> "StageConfig":
@@ -112,15 +124,16 @@ class Stage1Config(StageConfig):
 class Stage2Config(StageConfig):
     """The adapter learns to speak to the frozen LLM.
 
-    accumulate: into how many parts a batch is cut that are computed one after the other, for their sum; the
-    memory is that of one. Only here: the losses of stage 1 compare all examples of a batch. remat: what the
-    LLM's backward pass computes again instead of keeping: nothing (null), all but matrix products ("dots"),
-    or everything ("full").
+    remat: what the LLM's backward pass computes again instead of keeping: nothing (null), all but matrix
+    products ("dots"), or everything ("full").
     """
 
     tasks: Tasks = {"transcribe": 1.0}
-    accumulate: Positive = 1
     remat: Literal["dots", "full"] | None = None
+
+    @property
+    def summed_parts(self) -> int:
+        return self.accumulate
 
 
 class EncoderOptions(Model):
@@ -157,7 +170,7 @@ class DataConfig(Model):
 
     max_seconds: a longer recording is an error. buckets: the lengths to which recordings are padded, in
     seconds, or how many, to be chosen from the training data; each is compiled. batch_multiple: every batch
-    size is a multiple of it; mesh.data * mesh.fsdp (times stage2.accumulate) must divide it.
+    size is a multiple of it; mesh.data * mesh.fsdp (times the accumulate of the stages) must divide it.
     max_text_tokens: to which texts are padded; None counts the tokens of all before the first step. workers:
     processes of each host that read; 0 reads in threads. skip_corrupt: a record that can't be read is
     counted and replaced by another of its batch, and not an error.

@@ -166,8 +166,8 @@ class Planner:
             rngs = nnx.Rngs(0)
             encoder = assemble.new_encoder(encoder_folder, parts, dtype=dtype, rngs=rngs)
             if stage == "stage1":
-                losses = config.stage1.losses
-                return assemble.make_aligner(encoder, parts, losses=losses, dtype=dtype, rngs=rngs)
+                settings = assemble.stage1_settings(config)
+                return assemble.make_aligner(encoder, parts, dtype=dtype, rngs=rngs, **settings)
             return assemble.make_speech_llm(encoder, parts, self._make_llm(), dtype=dtype, rngs=rngs)
 
         return nnx.eval_shape(make)
@@ -215,7 +215,7 @@ class Planner:
 
     def _parts(self, stage: str, mesh: Mesh) -> int:
         """Into how many equal parts a batch is cut: for devices, and one after the other."""
-        return batch_parts(mesh) * getattr(self.stages[stage], "accumulate", 1)
+        return batch_parts(mesh) * self.stages[stage].accumulate
 
     def steps(self) -> list[tuple[str, Bucket]]:
         """What training would compile, the longest recordings of each stage first.
@@ -309,7 +309,7 @@ class Planner:
         shardings = state_shardings(trained, optimizer, mesh)
         state = abstract_state(trained, optimizer, shardings)
         frozen = _with_shardings(frozen, state_sharding(frozen, mesh))
-        update = make_update(graph, optimizer, shardings, accumulate=getattr(config, "accumulate", 1))
+        update = make_update(graph, optimizer, shardings, accumulate=config.summed_parts)
         return state, frozen, update
 
     def _abstract_batch(self, stage: str, bucket: Bucket, mesh: Mesh) -> dict[str, jax.ShapeDtypeStruct]:

@@ -156,8 +156,8 @@ def make_update(
     control: seed uint32, the run's; step int32, the number of steps done before this one; signal int32 [...],
     which any host may set, and all get in the metrics. A step whose loss or gradient is not finite changes
     nothing, nor does any step after it: metrics["finite"] tells.
-    shardings: of the TrainState (`state_shardings`); to be compiled within `jax.set_mesh`. accumulate: see
-    Stage2Config.
+    shardings: of the TrainState (`state_shardings`); to be compiled within `jax.set_mesh`. accumulate: into
+    how many parts a batch is cut whose gradients are summed.
     """
 
     def gradients_of(trained: nnx.State, frozen: nnx.State, batch: dict, key: jax.Array):
@@ -239,7 +239,7 @@ def train(
         start = int(state.step)
         if start == config.steps:
             return nnx.merge(graph, state.trained, frozen)
-        update = make_update(graph, optimizer, shardings, accumulate=getattr(config, "accumulate", 1))
+        update = make_update(graph, optimizer, shardings, accumulate=config.summed_parts)
         programs = _compile(update, state, frozen, stage, mesh)
         tester = Tester(graph, stage.tests, mesh)
         inputs = batches(
@@ -675,7 +675,7 @@ class Run:
     ) -> None:
         plan = make_plan(self.config, speech.corpus, config)
         parts = batch_parts(self.mesh)
-        needed = parts * getattr(config, "accumulate", 1)
+        needed = parts * config.accumulate
         for bucket in plan.buckets:
             if bucket.batch_size % needed:
                 raise ValueError(

@@ -1,4 +1,4 @@
-"""The contracts of the parts (see the docstrings of `encoders`, `adapters` and `llms`), for every part that is
+"""The contracts of the parts (the docstrings of `encoders`, `adapters` and `llms`), for every part that is
 listed there: a new one is tested by standing in its dictionary, and with its sizes here."""
 
 import ast

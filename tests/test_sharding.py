@@ -11,7 +11,7 @@ from flax import nnx
 
 from sparqle_jax.adapters.qformer import Adapter as QFormer
 from sparqle_jax.adapters.qformer import Config as QFormerConfig
-from sparqle_jax.aligner import Aligner, AlignmentHeads
+from sparqle_jax.aligner import STAGE_1_LOSSES, Aligner, AlignmentHeads
 from sparqle_jax.config import OptimConfig
 from sparqle_jax.data.pipeline import SKIPPED
 from sparqle_jax.encoders.hubert import Config as HubertConfig
@@ -55,10 +55,11 @@ LLM = DecoderConfig(
 )
 
 
-def make_aligner(qformer: QFormerConfig) -> Aligner:
+def make_aligner(qformer: QFormerConfig, losses=STAGE_1_LOSSES, in_parts: int = 1) -> Aligner:
     rngs = nnx.Rngs(0)
     adapter = QFormer(qformer, 32, vocab_size=71, rngs=rngs)
-    return Aligner(Hubert(HUBERT, rngs=rngs), adapter, AlignmentHeads(16, 8, rngs=rngs))
+    heads = AlignmentHeads(16, 8, rngs=rngs)
+    return Aligner(Hubert(HUBERT, rngs=rngs), adapter, heads, losses=losses, accumulate=in_parts)
 
 
 def make_sparqle(qformer: QFormerConfig) -> SpeechLLM:
@@ -71,11 +72,11 @@ def make_sparqle(qformer: QFormerConfig) -> SpeechLLM:
 MODELS = {"stage1": (make_aligner, stage1_batch), "stage2": (make_sparqle, stage2_batch)}
 
 
-def one_step(stage: str, shape: tuple[int, int, int], qformer=QFORMER, *, accumulate: int = 1, devices=None):
+def one_step(stage, shape, qformer=QFORMER, *, accumulate: int = 1, devices=None, **options):
     """The TrainState after one step of 16 examples on a mesh, and its metrics."""
     make_model, make_batch = MODELS[stage]
     mesh = make_mesh(shape, devices)
-    graph, trained, frozen = partition(make_model(qformer))
+    graph, trained, frozen = partition(make_model(qformer, **options))
     optimizer, _ = make_optimizer(OptimConfig(lr=1e-3, warmup_steps=0), 10)
     shardings = state_shardings(trained, optimizer, mesh)
     trained = jax.device_put(trained, shardings.trained)
@@ -143,6 +144,16 @@ def test_accumulated_gradients_are_those_of_the_whole_batch():
     qformer = QFORMER.model_copy(update=dict(hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0))
     whole = one_step("stage2", (1, 1, 1), qformer, devices=jax.devices()[:1])
     assert_same_step(whole, one_step("stage2", (2, 1, 1), qformer, accumulate=4, devices=jax.devices()[:2]))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("losses", [("stc", "stm", "stg"), ("stm",)], ids="+".join)
+def test_stage_1_in_parts_is_the_whole_batch(losses):
+    """Features of all parts are compared, and the same negatives drawn: as in GradCache."""
+    qformer = QFORMER.model_copy(update=dict(hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0))
+    whole = one_step("stage1", (1, 1, 1), qformer, devices=jax.devices()[:1], losses=losses)
+    parts = one_step("stage1", (2, 1, 1), qformer, devices=jax.devices()[:2], losses=losses, in_parts=4)
+    assert_same_step(whole, parts)
 
 
 @pytest.mark.parametrize(
