@@ -22,6 +22,7 @@ from jax.typing import DTypeLike
 
 from sparqle_jax import flops, layers, losses
 from sparqle_jax.compat import Compat, check_compat
+from sparqle_jax.llms import lora
 from sparqle_jax.sharding import split_batch
 
 Batch = Mapping[str, jax.Array]
@@ -82,8 +83,9 @@ class SpeechLLM(nnx.Module):
     ) -> tuple[jax.Array, dict[str, jax.Array]]:
         """Cross-entropy of the answer, averaged over the answer tokens of the batch; and their number."""
         prompt, mask = self.embed_prompt(batch, key if train else None)
-        hidden = self.llm.answer_states(prompt, mask, batch["answer"], batch["answer_mask"])
-        loss = losses.token_loss(hidden, batch["answer"], batch["answer_mask"], self.llm.logits)
+        llm = lora.with_dropout(self.llm, key) if train else self.llm
+        hidden = llm.answer_states(prompt, mask, batch["answer"], batch["answer_mask"])
+        loss = losses.token_loss(hidden, batch["answer"], batch["answer_mask"], llm.logits)
         return loss, {"tokens": batch["answer_mask"].sum()}
 
     def flops(self, batch: Batch) -> dict[str, int]:
@@ -99,12 +101,13 @@ class SpeechLLM(nnx.Module):
         tokens, answer = adapter.num_tokens(frames), batch["answer"].shape[1]
         prompt = batch["before"].shape[1] + tokens + batch["after"].shape[1]
         linear, attention = llm.flops(size, prompt, answer)
+        low_rank = lora.flops(self.llm, size * (prompt + answer - 1))  # nothing reads the answer's last token
         positions = size * flops.in_blocks(answer)
         return {
             "encoder": encoder,
             "adapter": adapter.flops(size, frames, self.encoder.config.width, bool(self.encoder.TRAINED)),
             "projection": flops.TRAINED * flops.linear(size * tokens, adapter.width, llm.width),
-            "llm": flops.FROZEN * linear + flops.TRAINED * attention,
+            "llm": flops.FROZEN * linear + flops.TRAINED * attention + low_rank,
             "LM head": flops.FROZEN * flops.linear(positions, llm.width, llm.vocab_size),
         }
 
