@@ -19,6 +19,8 @@ from sparqle_jax import adapters, hosts, pretrained
 from sparqle_jax.aligner import Aligner, AlignmentHeads
 from sparqle_jax.compat import Compat
 from sparqle_jax.config import Config, EncoderOptions
+from sparqle_jax.llms import lora
+from sparqle_jax.llms.lora import Config as LoraConfig
 from sparqle_jax.model import SpeechLLM, make_projection, partition
 from sparqle_jax.published import sparqle as published
 from sparqle_jax.tables import Rule, Table, load_state
@@ -30,13 +32,15 @@ PARTS = "parts"  # the key of the metadata
 class Parts(pydantic.BaseModel, frozen=True, extra="forbid"):
     """The configurations of what is in a file, besides the towers' folders.
 
-    vocab_size: of the adapter's text half, None without one; embed_dim: of stage 1's features.
+    vocab_size: of the adapter's text half, None without one; embed_dim: of stage 1's features. lora: of the
+    LLM, None without it.
     """
 
     adapter: adapters.Config
     encoder: EncoderOptions = EncoderOptions()
     vocab_size: int | None = None
     embed_dim: int | None = None
+    lora: LoraConfig | None = None
 
 
 # --- Random -------------------------------------------------------------------------------------------------
@@ -63,9 +67,11 @@ def make_speech_llm(
     rngs: nnx.Rngs,
     compat: Compat = None,
 ) -> SpeechLLM:
-    """Stage 2 on an encoder and an LLM, its adapter and projection new."""
+    """Stage 2 on an encoder and an LLM, its adapter, its projection and LoRA new."""
     adapter = _new_adapter(encoder, parts.model_copy(update={"vocab_size": None}), dtype, rngs)
     projection = make_projection(parts.adapter.width, llm.config.width, dtype=dtype, rngs=rngs)
+    if parts.lora is not None:
+        llm = lora.add(llm, parts.lora, rngs)
     return SpeechLLM(encoder, adapter, projection, llm, compat=compat)
 
 
@@ -197,11 +203,10 @@ def save(model: SpeechLLM | Aligner, file: str | epath.Path) -> None:
 
 def parts_in(model: SpeechLLM | Aligner) -> Parts:
     """The configurations of a model's parts."""
-    stage1 = {}
-    if isinstance(model, Aligner):
-        embed_dim = model.heads.speech_projection.out_features
-        stage1 = dict(vocab_size=model.adapter.vocab_size, embed_dim=embed_dim)
-    return Parts(adapter=model.adapter.config, **stage1)
+    if isinstance(model, SpeechLLM):
+        return Parts(adapter=model.adapter.config, lora=model.llm.lora)
+    embed_dim = model.heads.speech_projection.out_features
+    return Parts(adapter=model.adapter.config, vocab_size=model.adapter.vocab_size, embed_dim=embed_dim)
 
 
 def read_parts(file: str | Path, **values) -> Parts:

@@ -23,6 +23,7 @@ from jax.typing import DTypeLike
 
 from sparqle_jax import flops, layers, losses
 from sparqle_jax.compat import Compat, check_compat
+from sparqle_jax.llms import lora
 from sparqle_jax.sharding import split_batch
 
 Batch = Mapping[str, jax.Array]
@@ -82,7 +83,8 @@ class SpeechLLM(nnx.Module):
     ) -> tuple[jax.Array, dict[str, jax.Array]]:
         """Cross-entropy of the answer, averaged over the answer tokens of the batch; and their number."""
         prompt, mask = self.embed_prompt(batch, key if train else None)
-        loss = answer_loss(self.llm, prompt, mask, batch["answer"], batch["answer_mask"])
+        llm = lora.with_dropout(self.llm, key) if train else self.llm
+        loss = answer_loss(llm, prompt, mask, batch["answer"], batch["answer_mask"])
         return loss, {"tokens": batch["answer_mask"].sum()}
 
     def flops(self, batch: Batch) -> dict[str, int]:
@@ -98,12 +100,13 @@ class SpeechLLM(nnx.Module):
         tokens, answer = adapter.num_tokens(frames), batch["answer"].shape[1]
         prompt = batch["before"].shape[1] + tokens + batch["after"].shape[1]
         linear, attention = llm.flops(size, prompt, answer)
+        low_rank = lora.flops(self.llm, size * (prompt + answer - 1))  # nothing reads the answer's last token
         positions = size * flops.in_blocks(answer)
         return {
             "encoder": encoder,
             "adapter": adapter.flops(size, frames, self.encoder.config.width, bool(self.encoder.TRAINED)),
             "projection": flops.TRAINED * flops.linear(size * tokens, adapter.width, llm.width),
-            "llm": flops.FROZEN * linear + flops.TRAINED * attention,
+            "llm": flops.FROZEN * linear + flops.TRAINED * attention + low_rank,
             "LM head": flops.FROZEN * flops.linear(positions, llm.width, llm.vocab_size),
         }
 

@@ -13,7 +13,8 @@
       prefill(prompt, mask, size)   -> hidden [B, M], which predicts the first token, and a cache with room
                                     for `size` tokens
       step(ids, cache)              int [B] -> hidden [B, M], cache
-      config, dtype, TRAINED        patterns of its parameters that train: none of a frozen LLM but LoRA's
+      config, dtype, remat, TRAINED patterns of its parameters that train: none of a frozen LLM but LoRA's
+      lora                          LoRA's configuration; None, as a class attribute, without (see `lora.add`)
     PREFIXES, table(config)         prefixes of its tensors in transformers' files; which is which parameter
 
 A cache is the LLM's own; `generate.py` asks it for take(rows), repeat(beams), reorder(parents) and split().

@@ -330,7 +330,8 @@ class LLM(nnx.Module):
     `layers.REMAT_POLICIES`: what the backward pass recomputes instead of keeping.
     """
 
-    TRAINED = ()
+    TRAINED = (r".*\.lora_[ab]",)
+    lora = None  # `lora.add` sets its configuration
 
     def __init__(
         self,
