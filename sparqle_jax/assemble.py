@@ -81,8 +81,10 @@ def _new_adapter(encoder: nnx.Module, parts: Parts, dtype: DTypeLike, rngs: nnx.
     return part.Adapter(parts.adapter, encoder.config.width, dtype=dtype, rngs=rngs, **text)
 
 
-def from_aligner(aligner: Aligner, llm: nnx.Module, *, rngs: nnx.Rngs) -> SpeechLLM:
-    """Stage 2 from stage 1: the same encoder and adapter, without its text half; a new projection."""
+def from_aligner(
+    aligner: Aligner, llm: nnx.Module, *, lora_config: LoraConfig | None = None, rngs: nnx.Rngs
+) -> SpeechLLM:
+    """Stage 2 from stage 1: the same encoder and adapter, without its text half; projection and LoRA new."""
     parts = Parts(adapter=aligner.adapter.config)
     dtype = aligner.adapter.dtype
     graph, abstract = nnx.split(
@@ -92,6 +94,8 @@ def from_aligner(aligner: Aligner, llm: nnx.Module, *, rngs: nnx.Rngs) -> Speech
     kept = [(path, trained[path]) for path, _ in nnx.to_flat_state(abstract)]
     adapter = nnx.merge(graph, nnx.from_flat_state(kept))
     projection = make_projection(parts.adapter.width, llm.config.width, dtype=llm.dtype, rngs=rngs)
+    if lora_config is not None:
+        llm = lora.add(llm, lora_config, rngs)
     return SpeechLLM(aligner.encoder, adapter, projection, llm)
 
 
@@ -106,6 +110,7 @@ def parts_of(config: Config, vocab_size: int | None = None) -> Parts:
     """
     start = config.init_from
     embed_dim = None if config.stage1 is None else config.stage1.embed_dim
+    wanted = None if config.stage2 is None else config.stage2.lora
     if start is None or start.is_dir():
         if start is not None:
             _, vocab_size = published.bert_config(start)
@@ -114,9 +119,15 @@ def parts_of(config: Config, vocab_size: int | None = None) -> Parts:
             encoder=config.encoder.options,
             vocab_size=vocab_size,
             embed_dim=embed_dim,
+            lora=wanted,
         )
     heads = getattr(config.adapter, "num_attention_heads", None)  # published files may not tell
     saved = read_parts(start, **({} if heads is None else {"num_attention_heads": heads}))
+    if saved.lora is not None and wanted not in (None, saved.lora):
+        raise ValueError(
+            f"init_from={start} has LoRA of other sizes ({saved.lora!r}) than stage2.lora: leave that out "
+            "(--set stage2.lora=null), or make it the same."
+        )
     if config.adapter is None:
         return saved
     ours, theirs = config.adapter.model_dump(), saved.adapter.model_dump()
@@ -161,7 +172,10 @@ def new_speech_llm(
     dtype, start = jnp.dtype(config.dtype), config.init_from
     parts = parts_of(config)
     if start is not None and not start.is_dir():
-        return load_speech_llm(start, encoder, llm, parts=parts, dtype=dtype, mesh=mesh, rngs=rngs)
+        model = load_speech_llm(start, encoder, llm, parts=parts, dtype=dtype, mesh=mesh, rngs=rngs)
+        if config.stage2.lora is not None and model.llm.lora is None:
+            model.llm = lora.add(model.llm, config.stage2.lora, rngs)
+        return model
     model = make_speech_llm(encoder, parts, llm, dtype=dtype, rngs=rngs)
     if start is not None:
         options: dict[str, Any] = dict(text=False, dtype=dtype, mesh=mesh, rngs=rngs)

@@ -15,6 +15,7 @@ import pydantic
 from etils import epath
 
 from sparqle_jax import adapters
+from sparqle_jax.llms import lora
 
 Positive = Annotated[int, pydantic.Field(ge=1)]
 Share = Annotated[float, pydantic.Field(ge=0, lt=1)]
@@ -125,10 +126,12 @@ class Stage2Config(StageConfig):
     """The adapter learns to speak to the frozen LLM.
 
     remat: what the LLM's backward pass computes again instead of keeping: nothing (null), all but matrix
-    products ("dots"), or everything ("full").
+    products ("dots"), or everything ("full"). lora: low-rank changes of the LLM, which train beside the
+    adapter.
     """
 
     tasks: Tasks = {"transcribe": 1.0}
+    lora: lora.Config | None = None
     remat: Literal["dots", "full"] | None = None
 
     @property

@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 from sparqle_jax import commands
+from sparqle_jax.published import peft
 from sparqle_jax.published import sparqle as published
 from sparqle_jax.sparqle import SparQLe
 
@@ -19,16 +20,23 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument(
         "--towers", action="store_true", help="copies the encoder and the LLM into the folder"
     )
+    parser.add_argument("--merge", action="store_true", help="as --towers, and folds LoRA into the LLM")
+    parser.add_argument("--peft", action="store_true", help="the LLM's LoRA alone, as a folder for peft")
     commands.add_tower_arguments(parser)
     args = parser.parse_args(argv)
     try:
         if args.output.exists():
             raise ValueError(f"{args.output} is there already: give another name, or delete it.")
         sparqle = SparQLe.from_pretrained(args.model, encoder=args.encoder, llm=args.llm)
-        if args.output.suffix:
+        if (args.merge or args.peft) and sparqle.model.llm.lora is None:
+            raise ValueError(f"{args.model} has no LoRA: leave --merge and --peft out.")
+        if args.peft:
+            llm = sparqle.config.llm
+            peft.save_lora(sparqle.model.llm, args.output, base=llm.name or str(llm.folder))
+        elif args.output.suffix:
             published.save(sparqle.model, args.output)
         else:
-            sparqle.save_pretrained(args.output, towers=args.towers)
+            sparqle.save_pretrained(args.output, towers=args.towers or args.merge, merge=args.merge)
     except (ValueError, OSError) as error:
         parser.error(str(error))
     return 0

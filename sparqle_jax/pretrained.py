@@ -180,7 +180,19 @@ def save_folder(tower: nnx.Module, folder: str | Path, config: Any, *, dtype: DT
     folder = Path(folder)
     config.dtype = str(np.dtype(dtype))
     config.save_pretrained(folder)
-    part = {**encoders.FAMILIES, **llms.FAMILIES}[config.model_type]
-    state = nnx.state(tower)
-    tensors = {name: value.astype(dtype) for name, value in export(state, part.table(tower.config)).items()}
+    _save_weights(tower, folder, config.model_type, dtype)
+
+
+def replace_weights(tower: nnx.Module, folder: str | Path) -> None:
+    """Puts a tower's weights, in their own dtype, in place of those in a transformers folder of its family."""
+    folder = Path(folder)
+    for old in (*folder.glob("*.safetensors*"), *folder.glob("*.bin*")):
+        old.unlink()
+    family = json.loads((folder / "config.json").read_text())["model_type"]
+    _save_weights(tower, folder, family, tower.dtype)
+
+
+def _save_weights(tower: nnx.Module, folder: Path, family: str, dtype: DTypeLike) -> None:
+    table = {**encoders.FAMILIES, **llms.FAMILIES}[family].table(tower.config)
+    tensors = {name: value.astype(dtype) for name, value in export(nnx.state(tower), table).items()}
     save_file(tensors, folder / "model.safetensors", {"format": "pt"})

@@ -35,6 +35,7 @@ from sparqle_jax import assemble, audio, hosts, pretrained, prompts
 from sparqle_jax.compat import Compat
 from sparqle_jax.data.pipeline import TRANSCRIBE, instructions
 from sparqle_jax.generate import GenerationConfig, generate, stream
+from sparqle_jax.llms import lora
 from sparqle_jax.model import SpeechLLM, min_samples
 from sparqle_jax.sharding import batch_parts, batch_sharding
 
@@ -165,12 +166,20 @@ class SparQLe:
         )
         return cls(model, prompter, config, mesh)
 
-    def save_pretrained(self, folder: str | os.PathLike, *, towers: bool = False) -> None:
+    def save_pretrained(
+        self, folder: str | os.PathLike, *, towers: bool = False, merge: bool = False
+    ) -> None:
         """Writes a model folder; with its towers in it, if so wanted. Of several hosts, which call this
-        together, the first writes."""
-        folder = epath.Path(folder)
+        together, the first writes.
+
+        merge: with its towers, LoRA folded into the LLM.
+        """
+        folder, model = epath.Path(folder), self.model
         folder.mkdir(parents=True, exist_ok=True)
-        assemble.save(self.model, folder / "adapter.safetensors")
+        if merge:
+            llm = lora.merge(model.llm)
+            model = SpeechLLM(model.encoder, model.adapter, model.projection, llm, compat=model.compat)
+        assemble.save(model, folder / "adapter.safetensors")
         if not hosts.is_first():
             return
         places = {}
@@ -179,6 +188,8 @@ class SparQLe:
             place = tower.folder.resolve()
             if towers:
                 shutil.copytree(place, folder / name, dirs_exist_ok=True)
+                if merge and name == "llm":
+                    pretrained.replace_weights(model.llm, folder / name)
                 place = Path(name)
             elif "://" not in str(folder):
                 place = Path(os.path.relpath(place, folder.resolve()))

@@ -639,7 +639,7 @@ class Run:
             if self.aligner is None:
                 self.model = assemble.new_speech_llm(config, encoder, self.llm, self.mesh, rngs)
             else:
-                self.model = assemble.from_aligner(self.aligner, self.llm, rngs=rngs)
+                self.model = self._stage2_model(rngs)
             _try(self.model, self.stages[-1])
         if (start := config.init_from) is not None:
             self.identity["init_from"] = {"hash": tensors.hash_of(start), "path": str(start)}
@@ -694,6 +694,11 @@ class Run:
         train_stage = {"stage1": self._train_stage1, "stage2": self._train_stage2}
         return {stage.name: train_stage[stage.name](stage, profile) for stage in self.stages}
 
+    def _stage2_model(self, rngs: nnx.Rngs) -> SpeechLLM:
+        """Stage 2 on what stage 1 has trained."""
+        lora = self.config.stage2.lora
+        return assemble.from_aligner(self.aligner, self.llm, lora_config=lora, rngs=rngs)
+
     def _run(self, model: nnx.Module, stage: Stage, folder: epath.Path, profile: int) -> nnx.Module:
         config = self.config
         return train(
@@ -719,7 +724,7 @@ class Run:
     def _train_stage2(self, stage: Stage, profile: int) -> dict[str, Any]:
         config, folder = self.config, _stage_folder(self.config, stage.name)
         if self.aligner is not None:
-            self.model = assemble.from_aligner(self.aligner, self.llm, rngs=nnx.Rngs(config.seed))
+            self.model = self._stage2_model(nnx.Rngs(config.seed))
         self.model = self._run(self.model, stage, folder, profile)
         settings = ModelConfig(
             encoder=Tower.of(config.encoder.folder),

@@ -347,9 +347,11 @@ def save(model: SpeechLLM | Aligner, file: str | epath.Path) -> None:
     """Saves what trains under the published names: `.safetensors`, or `.pt` as the PyTorch code loads it.
 
     The Q-Former's configuration goes with it. Of several hosts, which call this together, the first writes.
-    Raises ValueError for another ending.
+    Raises ValueError for another ending, and for a model with LoRA.
     """
     file, config = epath.Path(file), model.adapter.config
+    if isinstance(model, SpeechLLM) and model.llm.lora is not None:
+        raise ValueError("the published format has no place for LoRA: export a model folder, or fold it in.")
     table = aligner_table(config) if isinstance(model, Aligner) else sparqle_table(config)
     tensors = export(nnx.state(model), table)
     # A buffer that PyTorch looks for.
