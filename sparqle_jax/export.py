@@ -1,6 +1,8 @@
 """A model folder for others: with the frozen towers in it, or the adapter alone under the published names.
 
 sparqle export runs/mine/stage2 mine --towers      # a folder that needs nothing else
+sparqle export runs/mine/stage2 mine --merge       # the same, LoRA folded into its LLM
+sparqle export runs/mine/stage2 lora --peft        # its LoRA alone, as peft reads it
 sparqle export runs/mine/stage2 mine.pt            # for the PyTorch code (needs torch)
 """
 

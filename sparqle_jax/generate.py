@@ -404,8 +404,7 @@ def _continue_beams(
     divisors = jnp.array([n**config.length_penalty for n in range(1, length + 1)], jnp.float32)
 
     scores = process(jax.nn.log_softmax(logits), state.tokens.reshape(-1, length), step, config)
-    scores = (scores.reshape(batch, beams, vocab) + state.scores[..., None]).reshape(batch, -1)
-    scores, chosen = jax.lax.top_k(scores, kept)
+    scores, chosen = best_of(scores.reshape(batch, beams, vocab) + state.scores[..., None], kept)
     parents, token = chosen // vocab, chosen % vocab
     tokens = _take(state.tokens, parents).at[:, :, step].set(token.astype(jnp.int32))
     ended = _ends(token, config) | (step + 1 >= length)
@@ -431,6 +430,40 @@ def _continue_beams(
         going=state.going & (reachable > worst).any(1) & ~enough & (step + 1 < length),
     )
     return beams, _take(parents, going)
+
+
+def best_of(scores: jax.Array, number: int) -> tuple[jax.Array, jax.Array]:
+    """The best of scores float32 [B, W, V] for each example, and their places int [B, number] in [W * V].
+
+    As `jax.lax.top_k`, which on a mesh would send all scores everywhere: here each device sends the best of
+    its part alone.
+    """
+    batch, beams, vocab = scores.shape
+    mesh = jax.sharding.get_abstract_mesh()
+    parts = 1 if mesh.empty or vocab % mesh.shape["model"] else mesh.shape["model"]
+
+    def of_part(scores: jax.Array) -> tuple[jax.Array, jax.Array]:
+        best, places = jax.lax.top_k(scores.reshape(len(scores), -1), min(number, beams * vocab // parts))
+        beam, token = jnp.divmod(places, vocab // parts)
+        if parts > 1:
+            token += jax.lax.axis_index("model") * (vocab // parts)
+        return best, beam * vocab + token
+
+    if mesh.empty:
+        return of_part(scores)
+    rows = None if batch % batch_parts(mesh) else BATCH_AXES
+    columns = None if parts == 1 else "model"
+    scores, places = jax.shard_map(
+        of_part,
+        mesh=mesh,
+        in_specs=PartitionSpec(rows, None, columns),
+        out_specs=PartitionSpec(rows, columns),
+        check_vma=False,
+    )(scores)
+    # In the order of their places, so that of equal scores the first is taken.
+    order = jnp.argsort(places, 1)
+    best, chosen = jax.lax.top_k(_take(scores, order), number)
+    return best, _take(_take(places, order), chosen)
 
 
 def _take(x: jax.Array, index: jax.Array) -> jax.Array:

@@ -184,7 +184,7 @@ def save_folder(tower: nnx.Module, folder: str | Path, config: Any, *, dtype: DT
 
 
 def replace_weights(tower: nnx.Module, folder: str | Path) -> None:
-    """Puts a tower's weights, in their own dtype, in place of those in a transformers folder of its family."""
+    """Puts a tower's weights, in its dtype, in place of those in a transformers folder of its family."""
     folder = Path(folder)
     for old in (*folder.glob("*.safetensors*"), *folder.glob("*.bin*")):
         old.unlink()

@@ -10,6 +10,7 @@ from sparqle_jax import generate as module
 from sparqle_jax.generate import GenerationConfig, draw, generate, process, stream
 from sparqle_jax.llms.decoder import LLM as Decoder
 from sparqle_jax.model import SpeechLLM, make_projection
+from sparqle_jax.program import census
 from sparqle_jax.sharding import make_mesh, state_sharding
 from tests.batches import padded, stage2_batch
 from tests.conftest import call
@@ -26,6 +27,27 @@ LONG_SAMPLE = dataclasses.replace(LONG_GREEDY, do_sample=True, temperature=2.0)
 LONG = pytest.mark.parametrize(
     "config", [LONG_GREEDY, LONG_BEAM, LONG_SAMPLE], ids=["greedy", "beam", "sample"]
 )
+
+
+def test_the_best_of_a_split_batch_are_top_ks_and_few_are_sent():
+    """Equal scores too: the first in order. Rows and vocabulary are split; no device sends all its scores."""
+    batch, beams, vocab, number = 8, 5, 256, 10
+    scores = np.random.default_rng(0).integers(0, 40, (batch, beams, vocab)).astype(np.float32)
+    expected = jax.lax.top_k(scores.reshape(batch, -1), number)
+    np.testing.assert_array_equal(module.best_of(scores, number)[1], expected[1])
+    mesh = make_mesh((2, 2, 2))
+    split = jax.device_put(scores, jax.NamedSharding(mesh, jax.P(("data", "fsdp"), None, "model")))
+    with jax.set_mesh(mesh):
+        compiled = jax.jit(module.best_of, static_argnums=1).lower(split, number).compile()
+        best, places = compiled(split)
+        odd = jax.jit(module.best_of, static_argnums=1)(scores[:3], number)
+    np.testing.assert_array_equal(best, expected[0])
+    np.testing.assert_array_equal(places, expected[1])
+    np.testing.assert_array_equal(odd[1], expected[1][:3])
+    collectives = census(compiled.as_text()).collectives
+    assert collectives
+    # The candidates of both parts of the vocabulary, or their places; all scores would be 41 kB.
+    assert max(one.result for one in collectives) <= 2 * batch * number * 4
 
 
 @pytest.fixture(scope="module")
