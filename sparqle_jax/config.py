@@ -15,7 +15,7 @@ import pydantic
 from etils import epath
 
 from sparqle_jax import adapters
-from sparqle_jax.llms import lora
+from sparqle_jax.llms.lora import Config as LoraConfig
 
 Positive = Annotated[int, pydantic.Field(ge=1)]
 Share = Annotated[float, pydantic.Field(ge=0, lt=1)]
@@ -131,7 +131,7 @@ class Stage2Config(StageConfig):
     """
 
     tasks: Tasks = {"transcribe": 1.0}
-    lora: lora.Config | None = None
+    lora: LoraConfig | None = None
     remat: Literal["dots", "full"] | None = None
 
     @property
