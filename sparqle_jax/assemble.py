@@ -20,7 +20,7 @@ from sparqle_jax import adapters, hosts
 from sparqle_jax.aligner import STAGE_1_LOSSES, Aligner, AlignmentHeads
 from sparqle_jax.compat import Compat
 from sparqle_jax.config import Config, EncoderOptions
-from sparqle_jax.model import SpeechLLM, make_projection, partition
+from sparqle_jax.model import Projection, SpeechLLM, partition
 from sparqle_jax.published import sparqle as published
 from sparqle_jax.tables import Rule, Table, load_state
 from sparqle_jax.tensors import open_checkpoint, read_metadata
@@ -63,7 +63,7 @@ def make_speech_llm(
 ) -> SpeechLLM:
     """Stage 2 on an encoder and an LLM, its adapter and projection new."""
     adapter = _new_adapter(encoder, parts.model_copy(update={"vocab_size": None}), dtype, rngs)
-    projection = make_projection(parts.adapter.width, llm.config.width, dtype=dtype, rngs=rngs)
+    projection = Projection(parts.adapter, llm.config.width, dtype=dtype, rngs=rngs)
     return SpeechLLM(encoder, adapter, projection, llm, compat=compat)
 
 
@@ -83,7 +83,7 @@ def from_aligner(aligner: Aligner, llm: nnx.Module, *, rngs: nnx.Rngs) -> Speech
     trained = dict(nnx.to_flat_state(nnx.state(aligner.adapter)))
     kept = [(path, trained[path]) for path, _ in nnx.to_flat_state(abstract)]
     adapter = nnx.merge(graph, nnx.from_flat_state(kept))
-    projection = make_projection(parts.adapter.width, llm.config.width, dtype=llm.dtype, rngs=rngs)
+    projection = Projection(parts.adapter, llm.config.width, dtype=llm.dtype, rngs=rngs)
     return SpeechLLM(aligner.encoder, adapter, projection, llm)
 
 

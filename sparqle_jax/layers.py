@@ -114,14 +114,20 @@ class LayerNorm(nnx.LayerNorm):
 
 
 class RMSNorm(nnx.RMSNorm):
-    """Root-mean-square norm over the last dimension, in float32; the result has the input's dtype."""
+    """Root-mean-square norm over the last dimension, in float32; the result has the input's dtype.
 
-    def __init__(self, features: int, epsilon: float, *, param_dtype: DTypeLike, rngs: nnx.Rngs):
+    start: the value with which its scale begins to train.
+    """
+
+    def __init__(
+        self, features: int, epsilon: float, *, start: float = 1.0, param_dtype: DTypeLike, rngs: nnx.Rngs
+    ):
         super().__init__(
             features,
             epsilon=epsilon,
             dtype=jnp.float32,
             param_dtype=param_dtype,
+            scale_init=nnx.initializers.constant(start),
             scale_metadata={"axes": (None,)},
             rngs=rngs,
         )

@@ -14,6 +14,7 @@ heads, H head size, F feed-forward width, C places for keys (of a cache, say), W
 
 import re
 from collections.abc import Mapping
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -43,7 +44,7 @@ class SpeechLLM(nnx.Module):
         self,
         encoder: nnx.Module,
         adapter: nnx.Module,
-        projection: nnx.Linear,
+        projection: nnx.Module,
         llm: nnx.Module,
         *,
         compat: Compat = None,
@@ -147,9 +148,31 @@ def partition(model: nnx.Module) -> tuple[nnx.GraphDef, nnx.State, nnx.State]:
     return nnx.split(model, lambda path, _: is_trained(model, tuple(path)), ...)
 
 
-def make_projection(
-    adapter_width: int, llm_width: int, *, dtype: DTypeLike = jnp.float32, rngs: nnx.Rngs
-) -> nnx.Linear:
-    """The linear map from tokens [B, Q, A] to the LLM's embeddings [B, Q, M]; parameters in float32."""
-    axes = (None, "embed")
-    return layers.linear(adapter_width, llm_width, axes, dtype=dtype, param_dtype=jnp.float32, rngs=rngs)
+class Projection(nnx.Linear):
+    """The linear map from tokens [B, Q, A] to the LLM's embeddings [B, Q, M], as the adapter's Config says.
+
+    In some published systems it has no bias, or a norm follows. Parameters are in float32.
+    """
+
+    def __init__(self, adapter: Any, llm_width: int, *, dtype: DTypeLike = jnp.float32, rngs: nnx.Rngs):
+        super().__init__(
+            adapter.width,
+            llm_width,
+            use_bias=adapter.projection_bias,
+            dtype=dtype,
+            param_dtype=jnp.float32,
+            kernel_init=nnx.initializers.normal(0.02),
+            kernel_metadata={"axes": (None, "embed")},
+            bias_metadata={"axes": ("embed",)},
+            rngs=rngs,
+        )
+        kwargs = dict(param_dtype=jnp.float32, rngs=rngs)
+        self.norm = None
+        if adapter.projection_norm == "layer":
+            self.norm = layers.LayerNorm(llm_width, 1e-5, **kwargs)
+        elif adapter.projection_norm == "rms":
+            self.norm = layers.RMSNorm(llm_width, 1e-6, **kwargs)
+
+    def __call__(self, tokens: jax.Array) -> jax.Array:
+        embeddings = super().__call__(tokens)
+        return embeddings if self.norm is None else self.norm(embeddings)
