@@ -167,11 +167,12 @@ class Projection(nnx.Linear):
             rngs=rngs,
         )
         kwargs = dict(param_dtype=jnp.float32, rngs=rngs)
-        self.norm = None
         if adapter.projection_norm == "layer":
             self.norm = layers.LayerNorm(llm_width, 1e-5, **kwargs)
         elif adapter.projection_norm == "rms":
             self.norm = layers.RMSNorm(llm_width, 1e-6, **kwargs)
+        else:
+            self.norm = None
 
     def __call__(self, tokens: jax.Array) -> jax.Array:
         embeddings = super().__call__(tokens)

@@ -1,4 +1,4 @@
-"""Adapters: frames -> tokens that a linear map then makes embeddings of. A part is a file; each has these names:
+"""Adapters: frames -> tokens, of which a linear map makes embeddings. A part is a file; each has these names:
 
     Config                          frozen pydantic model of what a run may choose, told apart by its `kind`
       width                         A, of the tokens
