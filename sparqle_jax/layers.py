@@ -207,7 +207,8 @@ class Attention(nnx.Module):
         self.dropout_rate = dropout_rate
 
     def _split_heads(self, x: jax.Array) -> jax.Array:
-        return x.reshape(*x.shape[:-1], self.num_heads, -1)  # [B, T, N, H]
+        # Sizes are written out: of an empty array, -1 can't be told.
+        return x.reshape(*x.shape[:-1], self.num_heads, x.shape[-1] // self.num_heads)  # [B, T, N, H]
 
     def keys_values(self, source: jax.Array) -> tuple[jax.Array, jax.Array]:
         """source [B, C, source_width] -> keys and values, each [B, C, N, H]."""
@@ -235,7 +236,7 @@ class Attention(nnx.Module):
             dropout_rate=self.dropout_rate,
             dropout_key=dropout_key,
         )
-        return self.out(out.reshape(*x.shape[:-1], -1))
+        return self.out(out.reshape(x.shape))
 
 
 def stack(make_layer: Callable[[nnx.Rngs], nnx.Module], num: int, rngs: nnx.Rngs) -> nnx.Module:

@@ -1,6 +1,6 @@
 """The adapters of published systems against numbers that their PyTorch code computed on tiny random weights.
 
-Outputs, and the gradients of the inputs and of every parameter. Further folders of these formats, of any size,
+Outputs, and the gradients of inputs and of every parameter. Further folders of these formats, of any size,
 can be given in SPARQLE_GOLDEN, separated by colons.
 """
 

@@ -165,7 +165,7 @@ class Adapter(nnx.Module):
 
         _, weights = layers.scan(self.layers, step, self._queries(len(read), None), self._numbers())
         batch, count = real.shape
-        weights = weights.reshape(-1, batch, count, config.num_queries, config.window)
+        weights = weights.reshape(len(weights), batch, count, config.num_queries, config.window)
         positions = windows.positions(count, config.window, config.stride)
         placed = (positions[..., None] == jnp.arange(frames.shape[1])).astype(jnp.float32)  # [L, window, T]
         maps = jnp.einsum("dBLQk,LkT->dBLQT", weights, placed, precision="highest")
