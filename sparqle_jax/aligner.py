@@ -13,7 +13,6 @@ from jax.typing import DTypeLike
 from sparqle_jax import flops, layers, losses
 from sparqle_jax.model import Batch, encode_speech, encoder_flops
 
-
 STAGE_1_LOSSES = ("stc", "stm", "stg")
 
 
@@ -56,8 +55,8 @@ class Aligner(nnx.Module):
     ):
         if not hasattr(adapter, "encode_pairs"):
             raise ValueError(
-                f"stage 1 compares speech with text in the adapter, and kind={adapter.config.kind!r} has no text "
-                "half (qformer has): leave stage 1 out (--set stage1=null), or choose that adapter."
+                f"stage 1 compares speech with text in the adapter, but kind={adapter.config.kind!r} has no "
+                "text half (qformer has): leave stage 1 out (--set stage1=null), or choose that adapter."
             )
         if unknown := set(losses) - set(STAGE_1_LOSSES):
             raise ValueError(f"losses {sorted(unknown)} do not exist; choose among {list(STAGE_1_LOSSES)}.")

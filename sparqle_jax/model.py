@@ -90,21 +90,25 @@ class SpeechLLM(nnx.Module):
     def flops(self, batch: Batch) -> dict[str, int]:
         """Matrix products of one training step, forward and backward, by part of the model.
 
-        The model and the batch may be abstract (`nnx.eval_shape`): shapes are all that is read, as far as they
-        are padded. Every position counts, real or padding, seen by attention or not; an LM head has the
+        The model and the batch may be abstract (`nnx.eval_shape`): shapes are all that is read, as far as
+        they are padded. Every position counts, real or padding, seen by attention or not; an LM head has the
         positions that `losses.token_loss` gives it, a multiple of 32 (or all, when there are fewer). Nothing
         is computed twice. A batch with `frames` needs no encoder.
         """
         adapter, llm = self.adapter.config, self.llm.config
         encoder, (size, frames) = encoder_flops(self.encoder, batch)
+        frames_gradient = bool(self.encoder.TRAINED)
+        adapting = adapter.flops(size, frames, self.encoder.config.width, frames_gradient)
+        # Tokens need a gradient when something trains before them: some adapters only pool frames.
+        projecting = flops.TRAINED if adapting or frames_gradient else flops.TRAINED - 1
         tokens, answer = adapter.num_tokens(frames), batch["answer"].shape[1]
         prompt = batch["before"].shape[1] + tokens + batch["after"].shape[1]
         linear, attention = llm.flops(size, prompt, answer)
         positions = size * flops.in_blocks(answer)
         return {
             "encoder": encoder,
-            "adapter": adapter.flops(size, frames, self.encoder.config.width, bool(self.encoder.TRAINED)),
-            "projection": flops.TRAINED * flops.linear(size * tokens, adapter.width, llm.width),
+            "adapter": adapting,
+            "projection": projecting * flops.linear(size * tokens, adapter.width, llm.width),
             "llm": flops.FROZEN * linear + flops.TRAINED * attention,
             "LM head": flops.FROZEN * flops.linear(positions, llm.width, llm.vocab_size),
         }

@@ -1,7 +1,7 @@
 """Frames concatenated k by k, then fully connected layers with activations; the projection is the last.
 
-The first connector of Yu et al., "Connecting Speech Encoder and Large Language Model for ASR" (2023), which
-has one layer before the projection; here there may be more.
+For the first connector of Yu et al., "Connecting Speech Encoder and Large Language Model for ASR" (2023): two
+linear maps with ReLU between them. Their code is not public. With one width it is `linear` with its defaults.
 """
 
 import itertools
@@ -27,7 +27,7 @@ class Config(pydantic.BaseModel, frozen=True, extra="forbid", strict=True):
     kind: Literal["fully_connected"] = "fully_connected"
     k: Positive = 5
     remainder: windows.Remainder = "drop"
-    hidden: Annotated[tuple[Positive, ...], pydantic.Field(min_length=1)] = (2048, 2048)
+    hidden: Annotated[tuple[Positive, ...], pydantic.Field(min_length=1)] = (2048,)
     activation: Literal["relu", "gelu", "silu"] = "relu"
     projection_bias: bool = True
     projection_norm: Literal["layer", "rms"] | None = None

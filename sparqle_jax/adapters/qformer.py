@@ -146,7 +146,7 @@ class QFormerLayer(nnx.Module):
 class Adapter(nnx.Module):
     """Frames [B, T, D] -> queries [B, Q, A]; with the text half also text features, matching and an LM.
 
-    vocab_size: of the text half (stage 1), its last token, [DEC], beginning a text to generate; None: there is
+    vocab_size: of the text half (stage 1), whose last token, [DEC], begins a text to generate; None: there is
     no text half. Every method takes `key`: with one, dropout is on (training); without, off. Masks are bool,
     1 = real. Frames are the encoder's own: their layer norm (`ln_speech` in the reference) is part of the
     adapter.
@@ -223,7 +223,7 @@ class Adapter(nnx.Module):
         return self._run(x, self.config.num_queries, None, frames, frames_mask, None, layers_key)
 
     def attention(self, frames: jax.Array, frames_mask: jax.Array | None = None) -> jax.Array:
-        """How much each query reads of each frame: the weights of every cross-attention, the mean of its heads.
+        """How much each query reads of each frame: weights of every cross-attention, the mean of its heads.
 
         frames [B, T, D] -> float32 [layers with cross-attention, B, Q, T], each row of sum 1.
         """

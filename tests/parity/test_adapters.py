@@ -184,7 +184,7 @@ VOXTRAL = Table(
 def test_voxtrals_projector(frames):
     config = VoxtralConfig(
         audio_config=dict(hidden_size=WIDTH, intermediate_size=4 * WIDTH),
-        text_config=dict(model_type="llama", hidden_size=LLM_WIDTH, num_attention_heads=4, head_dim=5),
+        text_config=dict(model_type="llama", hidden_size=LLM_WIDTH, num_attention_heads=5, head_dim=4),
     )
     theirs = randomised(VoxtralMultiModalProjector(config))
     # Its hidden width is the LLM's.
