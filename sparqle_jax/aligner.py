@@ -185,7 +185,9 @@ class Aligner(nnx.Module):
         config, embed_dim = self.adapter.config, self.heads.speech_projection.out_features
         encoder, (size, frames) = encoder_flops(self.encoder, batch)
         queries, width, text = config.num_queries, config.width, batch["text"].shape[1]
-        reading = dict(queries=queries, frames=frames, frames_width=self.encoder.config.width)
+        frames_width = self.encoder.config.width
+        reading = dict(queries=queries, frames=frames, frames_width=frames_width)
+        saved = 0 if self.encoder.TRAINED else config.frames_gradient_flops(size, frames, frames_width)
 
         # STC trains what it compares. STM alone compares only to draw its negatives.
         comparing = flops.TRAINED if "stc" in self.losses else flops.FORWARD if "stm" in self.losses else 0
@@ -198,12 +200,13 @@ class Aligner(nnx.Module):
         )
         parts = {
             "encoder": encoder,
-            "adapter, speech": speaking * config.forward_flops(size, **reading),
+            "adapter, speech": speaking * config.forward_flops(size, **reading)
+            - (saved if speaking == flops.TRAINED else 0),
             "adapter, text": comparing * config.forward_flops(size, text=text),
         }
         if "stm" in self.losses:
             pairs = config.forward_flops(3 * size, text=text, **reading)
-            parts["adapter, pairs"] = flops.TRAINED * pairs
+            parts["adapter, pairs"] = flops.TRAINED * pairs - 3 * saved
             heads += flops.TRAINED * flops.linear(3 * size * queries, width, 2)
         if "stg" in self.losses:
             written = config.forward_flops(size, text=text, cached=queries)

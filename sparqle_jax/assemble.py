@@ -21,7 +21,7 @@ from sparqle_jax.compat import Compat
 from sparqle_jax.config import Config, EncoderOptions
 from sparqle_jax.llms import lora
 from sparqle_jax.llms.lora import Config as LoraConfig
-from sparqle_jax.model import SpeechLLM, make_projection, partition
+from sparqle_jax.model import Projection, SpeechLLM, partition
 from sparqle_jax.published import sparqle as published
 from sparqle_jax.tables import Rule, Table, load_state
 from sparqle_jax.tensors import open_checkpoint, read_metadata
@@ -69,7 +69,7 @@ def make_speech_llm(
 ) -> SpeechLLM:
     """Stage 2 on an encoder and an LLM, its adapter, its projection and LoRA new."""
     adapter = _new_adapter(encoder, parts.model_copy(update={"vocab_size": None}), dtype, rngs)
-    projection = make_projection(parts.adapter.width, llm.config.width, dtype=dtype, rngs=rngs)
+    projection = Projection(parts.adapter, llm.config.width, dtype=dtype, rngs=rngs)
     if parts.lora is not None:
         llm = lora.add(llm, parts.lora, rngs)
     return SpeechLLM(encoder, adapter, projection, llm, compat=compat)
@@ -93,7 +93,7 @@ def from_aligner(
     trained = dict(nnx.to_flat_state(nnx.state(aligner.adapter)))
     kept = [(path, trained[path]) for path, _ in nnx.to_flat_state(abstract)]
     adapter = nnx.merge(graph, nnx.from_flat_state(kept))
-    projection = make_projection(parts.adapter.width, llm.config.width, dtype=llm.dtype, rngs=rngs)
+    projection = Projection(parts.adapter, llm.config.width, dtype=llm.dtype, rngs=rngs)
     if lora_config is not None:
         llm = lora.add(llm, lora_config, rngs)
     return SpeechLLM(aligner.encoder, adapter, projection, llm)

@@ -114,14 +114,20 @@ class LayerNorm(nnx.LayerNorm):
 
 
 class RMSNorm(nnx.RMSNorm):
-    """Root-mean-square norm over the last dimension, in float32; the result has the input's dtype."""
+    """Root-mean-square norm over the last dimension, in float32; the result has the input's dtype.
 
-    def __init__(self, features: int, epsilon: float, *, param_dtype: DTypeLike, rngs: nnx.Rngs):
+    start: the value with which its scale begins to train.
+    """
+
+    def __init__(
+        self, features: int, epsilon: float, *, start: float = 1.0, param_dtype: DTypeLike, rngs: nnx.Rngs
+    ):
         super().__init__(
             features,
             epsilon=epsilon,
             dtype=jnp.float32,
             param_dtype=param_dtype,
+            scale_init=nnx.initializers.constant(start),
             scale_metadata={"axes": (None,)},
             rngs=rngs,
         )
@@ -201,7 +207,8 @@ class Attention(nnx.Module):
         self.dropout_rate = dropout_rate
 
     def _split_heads(self, x: jax.Array) -> jax.Array:
-        return x.reshape(*x.shape[:-1], self.num_heads, -1)  # [B, T, N, H]
+        # Sizes are written out: of an empty array, -1 can't be told.
+        return x.reshape(*x.shape[:-1], self.num_heads, x.shape[-1] // self.num_heads)  # [B, T, N, H]
 
     def keys_values(self, source: jax.Array) -> tuple[jax.Array, jax.Array]:
         """source [B, C, source_width] -> keys and values, each [B, C, N, H]."""
@@ -229,7 +236,7 @@ class Attention(nnx.Module):
             dropout_rate=self.dropout_rate,
             dropout_key=dropout_key,
         )
-        return self.out(out.reshape(*x.shape[:-1], -1))
+        return self.out(out.reshape(x.shape))
 
 
 def stack(make_layer: Callable[[nnx.Rngs], nnx.Module], num: int, rngs: nnx.Rngs) -> nnx.Module:

@@ -12,6 +12,7 @@ D encoder width, A adapter width, M LLM width, E width of the contrastive featur
 heads, H head size, F feed-forward width, C places for keys (of a cache, say), W beams, V vocabulary.
 """
 
+import functools
 import re
 from collections.abc import Mapping
 from typing import Any
@@ -45,7 +46,7 @@ class SpeechLLM(nnx.Module):
         self,
         encoder: nnx.Module,
         adapter: nnx.Module,
-        projection: nnx.Linear,
+        projection: nnx.Module,
         llm: nnx.Module,
         *,
         compat: Compat = None,
@@ -97,6 +98,10 @@ class SpeechLLM(nnx.Module):
         """
         adapter, llm = self.adapter.config, self.llm.config
         encoder, (size, frames) = encoder_flops(self.encoder, batch)
+        frames_gradient = bool(self.encoder.TRAINED)
+        adapting = adapter.flops(size, frames, self.encoder.config.width, frames_gradient)
+        # Tokens need a gradient when something trains before them: some adapters only pool frames.
+        projecting = flops.TRAINED if adapting or frames_gradient else flops.TRAINED - 1
         tokens, answer = adapter.num_tokens(frames), batch["answer"].shape[1]
         prompt = batch["before"].shape[1] + tokens + batch["after"].shape[1]
         linear, attention = llm.flops(size, prompt, answer)
@@ -104,8 +109,8 @@ class SpeechLLM(nnx.Module):
         positions = size * flops.in_blocks(answer)
         return {
             "encoder": encoder,
-            "adapter": adapter.flops(size, frames, self.encoder.config.width, bool(self.encoder.TRAINED)),
-            "projection": flops.TRAINED * flops.linear(size * tokens, adapter.width, llm.width),
+            "adapter": adapting,
+            "projection": projecting * flops.linear(size * tokens, adapter.width, llm.width),
             "llm": flops.FROZEN * linear + flops.TRAINED * attention + low_rank,
             "LM head": flops.FROZEN * flops.linear(positions, llm.width, llm.vocab_size),
         }
@@ -147,11 +152,12 @@ def encoder_flops(encoder: nnx.Module, batch: Batch) -> tuple[int, tuple[int, in
     return encoder.config.flops(size, samples), (size, encoder.config.num_frames(samples))
 
 
+@functools.cache
 def min_samples(encoder: Any, adapter: Any) -> int:
     """The shortest waveform of which the adapter makes a token. encoder, adapter: their Configs."""
     samples = encoder.min_samples
     while encoder.num_frames(samples) < adapter.min_frames:
-        samples += encoder.min_samples
+        samples += 1
     return samples
 
 
@@ -174,9 +180,32 @@ def partition(model: nnx.Module) -> tuple[nnx.GraphDef, nnx.State, nnx.State]:
     return nnx.split(model, lambda path, _: is_trained(model, tuple(path)), ...)
 
 
-def make_projection(
-    adapter_width: int, llm_width: int, *, dtype: DTypeLike = jnp.float32, rngs: nnx.Rngs
-) -> nnx.Linear:
-    """The linear map from tokens [B, Q, A] to the LLM's embeddings [B, Q, M]; parameters in float32."""
-    axes = (None, "embed")
-    return layers.linear(adapter_width, llm_width, axes, dtype=dtype, param_dtype=jnp.float32, rngs=rngs)
+class Projection(nnx.Linear):
+    """The linear map from tokens [B, Q, A] to the LLM's embeddings [B, Q, M], as the adapter's Config says.
+
+    In some published systems it has no bias, or a norm follows. Parameters are in float32.
+    """
+
+    def __init__(self, adapter: Any, llm_width: int, *, dtype: DTypeLike = jnp.float32, rngs: nnx.Rngs):
+        super().__init__(
+            adapter.width,
+            llm_width,
+            use_bias=adapter.projection_bias,
+            dtype=dtype,
+            param_dtype=jnp.float32,
+            kernel_init=nnx.initializers.normal(0.02),
+            kernel_metadata={"axes": (None, "embed")},
+            bias_metadata={"axes": ("embed",)},
+            rngs=rngs,
+        )
+        kwargs = dict(param_dtype=jnp.float32, rngs=rngs)
+        if adapter.projection_norm == "layer":
+            self.norm = layers.LayerNorm(llm_width, 1e-5, **kwargs)
+        elif adapter.projection_norm == "rms":
+            self.norm = layers.RMSNorm(llm_width, 1e-6, **kwargs)
+        else:
+            self.norm = None
+
+    def __call__(self, tokens: jax.Array) -> jax.Array:
+        embeddings = super().__call__(tokens)
+        return embeddings if self.norm is None else self.norm(embeddings)

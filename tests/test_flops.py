@@ -18,7 +18,7 @@ from sparqle_jax.encoders.hubert import Encoder as Hubert
 from sparqle_jax.flops import Flops
 from sparqle_jax.llms.decoder import LLM as Decoder
 from sparqle_jax.llms.decoder import Config as DecoderConfig
-from sparqle_jax.model import SpeechLLM, encode_speech, make_projection, partition
+from sparqle_jax.model import Projection, SpeechLLM, encode_speech, partition
 from sparqle_jax.sharding import make_mesh
 
 SUBSETS = [names for n in (1, 2, 3) for names in itertools.combinations(STAGE_1_LOSSES, n)]
@@ -230,7 +230,7 @@ class TestAnalytic:
             llm = make_decoder(
                 28, num_key_value_heads=1, head_dim=6, tie_word_embeddings=True, qk_norm=True, vocab_size=41
             )
-            return SpeechLLM(encoder, adapter, make_projection(20, 28, rngs=nnx.Rngs(0)), llm)
+            return SpeechLLM(encoder, adapter, Projection(adapter.config, 28, rngs=nnx.Rngs(0)), llm)
 
         aligner = nnx.eval_shape(stage1)
         for losses in SUBSETS:
@@ -278,7 +278,7 @@ def test_xla_counts_the_same(stage, monkeypatch):
         if stage == 1:
             return Aligner(encoder, adapter, AlignmentHeads(width, rngs=nnx.Rngs(0)))
         llm = make_decoder(width, num_key_value_heads=2, vocab_size=3001)
-        return SpeechLLM(encoder, adapter, make_projection(width, width, rngs=nnx.Rngs(0)), llm)
+        return SpeechLLM(encoder, adapter, Projection(adapter.config, width, rngs=nnx.Rngs(0)), llm)
 
     batch = stage1_batch(samples=7000, text=11) if stage == 1 else stage2_batch(samples=7000, answer=35)
     model = nnx.eval_shape(make)

@@ -9,7 +9,7 @@ from flax import nnx
 from sparqle_jax import generate as module
 from sparqle_jax.generate import GenerationConfig, draw, generate, process, stream
 from sparqle_jax.llms.decoder import LLM as Decoder
-from sparqle_jax.model import SpeechLLM, make_projection
+from sparqle_jax.model import Projection, SpeechLLM
 from sparqle_jax.program import census
 from sparqle_jax.sharding import make_mesh, state_sharding
 from tests.batches import padded, stage2_batch
@@ -61,7 +61,7 @@ def model(sparqle):
     """A model whose parameters can be split in two on each axis of a mesh."""
     config = dataclasses.replace(sparqle.llm.config, vocab_size=96)
     rngs = nnx.Rngs(0)
-    projection = make_projection(sparqle.adapter.config.hidden_size, config.hidden_size, rngs=rngs)
+    projection = Projection(sparqle.adapter.config, config.width, rngs=rngs)
     return SpeechLLM(sparqle.encoder, sparqle.adapter, projection, Decoder(config, rngs=rngs))
 
 

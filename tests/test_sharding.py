@@ -18,7 +18,7 @@ from sparqle_jax.encoders.hubert import Config as HubertConfig
 from sparqle_jax.encoders.hubert import Encoder as Hubert
 from sparqle_jax.llms.decoder import LLM as Decoder
 from sparqle_jax.llms.decoder import Config as DecoderConfig
-from sparqle_jax.model import SpeechLLM, make_projection, partition
+from sparqle_jax.model import Projection, SpeechLLM, partition
 from sparqle_jax.sharding import batch_sharding, make_mesh, state_sharding
 from sparqle_jax.train import TrainState, make_optimizer, make_update, state_shardings
 from tests.batches import stage1_batch, stage2_batch
@@ -65,7 +65,7 @@ def make_aligner(qformer: QFormerConfig, losses=STAGE_1_LOSSES, in_parts: int = 
 def make_sparqle(qformer: QFormerConfig) -> SpeechLLM:
     rngs = nnx.Rngs(0)
     adapter = QFormer(qformer, 32, rngs=rngs)
-    projection = make_projection(16, 32, rngs=rngs)
+    projection = Projection(qformer, 32, rngs=rngs)
     return SpeechLLM(Hubert(HUBERT, rngs=rngs), adapter, projection, Decoder(LLM, rngs=rngs))
 
 

@@ -2,6 +2,8 @@
 
     Config                          frozen pydantic model of what a run may choose, told apart by its `kind`
       width                         A, of the tokens
+      projection_bias               whether the projection has one
+      projection_norm               None, or the norm after the projection: "layer" or "rms"
       min_frames                    the fewest frames that give a token
       num_tokens(frames)            Q of so many frames (int or array)
       flops(size, frames, frames_width, frames_gradient)   matrix products of a training step, forward and
@@ -13,7 +15,9 @@
                                     [layers, B, Q, T], rows of sum 1
       config, dtype
 
-All parameters of an adapter train. A padded batch gives each example the tokens that it has alone.
+All parameters of an adapter train. Its last linear map, to the width of the LLM, is not part of it: that is
+the projection, `model.Projection`. Real frames stand before padding; a padded batch gives each example the
+tokens that it has alone, and none to one of fewer than min_frames.
 """
 
 from types import ModuleType
@@ -21,9 +25,34 @@ from typing import Annotated
 
 import pydantic
 
-from sparqle_jax.adapters import qformer
+from sparqle_jax.adapters import (
+    conv1d,
+    cross_attention,
+    fully_connected,
+    linear,
+    pooling,
+    qformer,
+    windowed_qformer,
+)
 
 # By the `kind` in a configuration.
-KINDS: dict[str, ModuleType] = {"qformer": qformer}
+KINDS: dict[str, ModuleType] = {
+    "conv1d": conv1d,
+    "cross_attention": cross_attention,
+    "fully_connected": fully_connected,
+    "linear": linear,
+    "pooling": pooling,
+    "qformer": qformer,
+    "windowed_qformer": windowed_qformer,
+}
 PAPERS = qformer.Config()
-Config = Annotated[qformer.Config, pydantic.Field(discriminator="kind")]
+Config = Annotated[
+    conv1d.Config
+    | cross_attention.Config
+    | fully_connected.Config
+    | linear.Config
+    | pooling.Config
+    | qformer.Config
+    | windowed_qformer.Config,
+    pydantic.Field(discriminator="kind"),
+]

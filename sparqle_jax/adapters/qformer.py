@@ -15,11 +15,10 @@ from flax import nnx
 from jax.typing import DTypeLike
 
 from sparqle_jax import flops, layers
+from sparqle_jax.adapters.bert import AttentionBlock, FeedForward, KeysValues
 from sparqle_jax.sharding import split_batch
 
 Positive = Annotated[int, pydantic.Field(ge=1)]
-# Keys and values: of one layer each [B, C, N, H]; of all layers with these as their first dimension.
-KeysValues = tuple[jax.Array, jax.Array]
 
 
 class Config(pydantic.BaseModel, frozen=True, extra="forbid", strict=True):
@@ -28,11 +27,13 @@ class Config(pydantic.BaseModel, frozen=True, extra="forbid", strict=True):
     span_frames: 0 is the paper's: nothing but the encoder tells a frame's position. Otherwise sinusoids of it
     are added to each frame, and the queries start as those of positions evenly over so many frames: they
     begin by reading from left to right, without which a small model takes very long to learn.
+    frames_norm: the paper's layer norm of the frames, which trains; SLAM-ASR's q-former has none.
     """
 
     kind: Literal["qformer"] = "qformer"
     num_queries: Positive = 100
     span_frames: Annotated[int, pydantic.Field(ge=0)] = 0
+    frames_norm: bool = True
     cross_attention_freq: Positive = 2
     hidden_size: Positive = 768
     num_hidden_layers: Positive = 12
@@ -43,6 +44,8 @@ class Config(pydantic.BaseModel, frozen=True, extra="forbid", strict=True):
     hidden_dropout_prob: float = 0.1
     attention_probs_dropout_prob: float = 0.1
     max_position_embeddings: Positive = 512  # of its text half
+    projection_bias: bool = True
+    projection_norm: Literal["layer", "rms"] | None = None
 
     @property
     def width(self) -> int:
@@ -61,10 +64,10 @@ class Config(pydantic.BaseModel, frozen=True, extra="forbid", strict=True):
         return frames * 0 + self.num_queries
 
     def flops(self, size: int, frames: int, frames_width: int, frames_gradient: bool = False) -> int:
-        """Forward and backward. The frames' norm trains, so products with frames have all gradients."""
-        return flops.TRAINED * self.forward_flops(
-            size, queries=self.num_queries, frames=frames, frames_width=frames_width
-        )
+        """Forward and backward."""
+        reading = dict(queries=self.num_queries, frames=frames, frames_width=frames_width)
+        total = flops.TRAINED * self.forward_flops(size, **reading)
+        return total if frames_gradient else total - self.frames_gradient_flops(size, frames, frames_width)
 
     def forward_flops(
         self,
@@ -88,56 +91,11 @@ class Config(pydantic.BaseModel, frozen=True, extra="forbid", strict=True):
         reading += flops.attention(size, queries, frames, width)
         return total + self.num_cross_attentions * reading
 
-
-class FeedForward(nnx.Module):
-    """BERT's feed-forward: up, activation, down, dropout, residual, norm."""
-
-    def __init__(self, config: Config, *, dtype: DTypeLike, param_dtype: DTypeLike, rngs: nnx.Rngs):
-        kwargs = dict(dtype=dtype, param_dtype=param_dtype, rngs=rngs)
-        self.up = layers.linear(config.hidden_size, config.intermediate_size, ("embed", "mlp"), **kwargs)
-        self.down = layers.linear(config.intermediate_size, config.hidden_size, ("mlp", "embed"), **kwargs)
-        self.norm = layers.LayerNorm(
-            config.hidden_size, config.layer_norm_eps, param_dtype=param_dtype, rngs=rngs
-        )
-        self.activation, self.rate = config.hidden_act, config.hidden_dropout_prob
-
-    def __call__(self, x: jax.Array, key: jax.Array | None) -> jax.Array:
-        out = self.down(layers.activation(self.activation)(self.up(x)))
-        return self.norm(layers.dropout(out, self.rate, key) + x)
-
-
-class AttentionBlock(nnx.Module):
-    """BERT's attention: attention, dropout, residual, norm. Keys and values from itself or from frames."""
-
-    def __init__(
-        self,
-        config: Config,
-        source_width: int,
-        *,
-        dtype: DTypeLike,
-        param_dtype: DTypeLike,
-        rngs: nnx.Rngs,
-    ):
-        self.attention = layers.Attention(
-            config.hidden_size,
-            config.num_attention_heads,
-            source_width,
-            dropout_rate=config.attention_probs_dropout_prob,
-            dtype=dtype,
-            param_dtype=param_dtype,
-            rngs=rngs,
-        )
-        self.norm = layers.LayerNorm(
-            config.hidden_size, config.layer_norm_eps, param_dtype=param_dtype, rngs=rngs
-        )
-        self.rate = config.hidden_dropout_prob
-
-    def __call__(
-        self, x: jax.Array, keys_values: KeysValues, mask: jax.Array | None, key: jax.Array | None
-    ) -> jax.Array:
-        probs_key, out_key = (None, None) if key is None else jax.random.split(key)
-        out = self.attention(x, keys_values, mask, probs_key)
-        return self.norm(layers.dropout(out, self.rate, out_key) + x)
+    def frames_gradient_flops(self, size: int, frames: int, frames_width: int) -> int:
+        """The gradient of the frames, which a step leaves out where nothing before them trains: neither their
+        norm (then 0) nor the encoder."""
+        keys_values = 2 * flops.linear(size * frames, frames_width, self.hidden_size)
+        return 0 if self.frames_norm else self.num_cross_attentions * keys_values
 
 
 class QFormerLayer(nnx.Module):
@@ -208,7 +166,7 @@ class Adapter(nnx.Module):
         norm = dict(param_dtype=param_dtype, rngs=rngs)
         width, eps = config.hidden_size, config.layer_norm_eps
         self.config, self.dtype, self.vocab_size = config, dtype, vocab_size
-        self.frames_norm = layers.LayerNorm(frames_width, 1e-5, **norm)
+        self.frames_norm = layers.LayerNorm(frames_width, 1e-5, **norm) if config.frames_norm else None
         queries = nnx.initializers.normal(0.02)(rngs.params(), (1, config.num_queries, width), param_dtype)
         if config.span_frames:
             positions = (jnp.arange(config.num_queries) + 0.5) * config.span_frames / config.num_queries
@@ -364,8 +322,9 @@ class Adapter(nnx.Module):
         return layers.dropout(self.embeddings_norm(x), self.config.hidden_dropout_prob, key)
 
     def _place(self, frames: jax.Array) -> jax.Array:
-        """Frames [B, T, D] as the cross-attentions read them: normed, with their places."""
-        frames = self.frames_norm(frames)
+        """Frames [B, T, D] as the cross-attentions read them: normed, with their positions."""
+        if self.frames_norm is not None:
+            frames = self.frames_norm(frames)
         if self.config.span_frames:
             frames += layers.sinusoids(jnp.arange(frames.shape[1]), frames.shape[2]).astype(frames.dtype)
         return frames

@@ -25,7 +25,7 @@ from sparqle_jax.aligner import STAGE_1_LOSSES, Aligner, AlignmentHeads
 from sparqle_jax.compat import Compat
 from sparqle_jax.encoders import hubert
 from sparqle_jax.llms import decoder
-from sparqle_jax.model import SpeechLLM, make_projection
+from sparqle_jax.model import Projection, SpeechLLM
 from sparqle_jax.pretrained import make_encoder, make_llm, read_config
 from sparqle_jax.tables import Rule, Table, export, linear, load, norm
 from sparqle_jax.tensors import Tensor, open_checkpoint, read_metadata
@@ -279,7 +279,7 @@ def load_speech_llm(
     def make(rngs: nnx.Rngs) -> nnx.Dict:
         return nnx.Dict(
             adapter=qformer.Adapter(config, encoder.config.width, dtype=dtype, rngs=rngs),
-            projection=make_projection(config.width, llm.config.width, dtype=dtype, rngs=rngs),
+            projection=Projection(config, llm.config.width, dtype=dtype, rngs=rngs),
         )
 
     has_projection = any(name.endswith("_proj.weight") and name.startswith("ll") for name in tensors)

@@ -1,0 +1,40 @@
+"""SALMONN (bytedance/SALMONN): the names of its windowed Q-Former and of the projection after it.
+
+The norms of Whisper's and BEATs' frames, `ln_speech` and `ln_audio`, are before the adapter, whose Config has
+frames_norm=False.
+"""
+
+import re
+
+from sparqle_jax.tables import Rule, Table, linear, norm
+
+
+def table() -> Table:
+    bert, layer = "speech_Qformer.bert", "speech_Qformer.bert.encoder.layer.{i}"
+    blocks = "adapter.layers"
+    attentions = [("self_attention", "attention"), ("cross_attention", "crossattention")]
+    return Table(
+        (
+            Rule("adapter.query_tokens", "speech_query_tokens"),
+            *norm("adapter.embeddings_norm", f"{bert}.embeddings.LayerNorm"),
+            *(
+                rule
+                for ours, theirs in attentions
+                for rule in _attention(f"{blocks}.{ours}", f"{layer}.{theirs}")
+            ),
+            *linear(f"{blocks}.mlp.up", f"{layer}.intermediate_query.dense"),
+            *linear(f"{blocks}.mlp.down", f"{layer}.output_query.dense"),
+            *norm(f"{blocks}.mlp.norm", f"{layer}.output_query.LayerNorm"),
+            *linear("projection", "speech_llama_proj"),
+        ),
+        ignored=(re.escape(f"{bert}.embeddings.position_ids"),),
+    )
+
+
+def _attention(target: str, source: str) -> tuple[Rule, ...]:
+    names = ("query", "key", "value")
+    return (
+        *(rule for name in names for rule in linear(f"{target}.attention.{name}", f"{source}.self.{name}")),
+        *linear(f"{target}.attention.out", f"{source}.output.dense"),
+        *norm(f"{target}.norm", f"{source}.output.LayerNorm"),
+    )
