@@ -36,10 +36,15 @@ ENCODERS = {
         **SPEECH, **CONVOLUTIONS, feat_extract_norm="layer", do_stable_layer_norm=True
     ),
 }
+BERT = dict(hidden_size=16, num_attention_heads=2, intermediate_size=32)
 ADAPTERS = {
-    "qformer": adapters.KINDS["qformer"].Config(
-        num_queries=4, hidden_size=16, num_hidden_layers=2, num_attention_heads=2, intermediate_size=32
-    ),
+    "conv1d": adapters.KINDS["conv1d"].Config(kernel=3, stride=2, num_layers=2, channels=16, hidden=16),
+    "cross_attention": adapters.KINDS["cross_attention"].Config(num_queries=4, num_hidden_layers=1, **BERT),
+    "fully_connected": adapters.KINDS["fully_connected"].Config(k=3, hidden=(32, 16)),
+    "linear": adapters.KINDS["linear"].Config(k=5, hidden=16),
+    "pooling": adapters.KINDS["pooling"].Config(k=2, width=WIDTH),
+    "qformer": adapters.KINDS["qformer"].Config(num_queries=4, num_hidden_layers=2, **BERT),
+    "windowed_qformer": adapters.KINDS["windowed_qformer"].Config(window=7, stride=7, num_queries=1, **BERT),
 }
 DECODER = dict(
     vocab_size=104,
@@ -211,7 +216,7 @@ class TestAdapter:
         tokens, tokens_mask = call(adapter.__call__, frames, mask)
         for row, length in enumerate(self.FRAMES):
             alone, alone_mask = call(adapter.__call__, frames[row, None, :length], mask[row, None, :length])
-            assert alone.shape[1] == adapter.config.num_tokens(length)
+            assert alone.shape[1] == adapter.config.num_tokens(int(length))
             real = int(alone_mask.sum())
             assert real == int(tokens_mask[row].sum()) > 0
             np.testing.assert_allclose(tokens[row, :real], alone[0, :real], atol=1e-5)
@@ -404,8 +409,9 @@ def test_no_other_file_names_a_part():
         for file in (PACKAGE / package.rpartition(".")[2]).glob("*.py")
         if file.stem != "__init__"
     }
-    # Over any encoder or LLM, and so in no dictionary.
-    shared = {"sparqle_jax.encoders.convolutions", "sparqle_jax.encoders.layer_mix", "sparqle_jax.llms.lora"}
+    # What several parts share, or stands over any of them, and so is in no dictionary.
+    shared = {"encoders.convolutions", "encoders.layer_mix", "adapters.bert", "adapters.windows", "llms.lora"}
+    shared = {f"sparqle_jax.{name}" for name in shared}
     for file in PACKAGE.rglob("*.py"):
         name = ".".join(("sparqle_jax", *file.relative_to(PACKAGE).with_suffix("").parts))
         if name.endswith("__init__") or name.startswith("sparqle_jax.published."):
