@@ -158,9 +158,10 @@ class Planner:
         """The model of a stage, of shapes alone, as training makes it."""
         config, dtype = self.config, jnp.dtype(self.config.dtype)
         encoder_folder = self._folder(config.encoder.folder)
-        parts = assemble.parts_of(
-            self._with_folders(config), self._vocab_size() if stage == "stage1" else None
-        )
+        # A BERT, or a file of stage 1, brings its own.
+        own = config.init_from is not None or stage == "stage2"
+        vocab_size = None if own else self._vocab_size()
+        parts = assemble.parts_of(self._with_folders(config), vocab_size)
 
         def make() -> Aligner | SpeechLLM:
             rngs = nnx.Rngs(0)

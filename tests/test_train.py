@@ -105,7 +105,7 @@ def test_a_run_leaves_what_it_promises(whole):
 def test_the_adapter_left_is_the_one_trained(whole):
     adapter = load_file(whole / "stage2" / "adapter.safetensors")
     stage1 = load_file(whole / "stage1" / "adapter.safetensors")
-    assert not np.array_equal(adapter["query_tokens"], stage1["query_tokens"])
+    assert not np.array_equal(adapter["adapter.query_tokens"], stage1["adapter.query_tokens"])
     sparqle = SparQLe.from_pretrained(whole / "stage2")
     assert sparqle.model.adapter.config.num_queries == SIZES["num_queries"]
 
