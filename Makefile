@@ -2,8 +2,6 @@
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
-# transformers else says at each start that PyTorch is not there; it is not needed.
-export TRANSFORMERS_NO_ADVISORY_WARNINGS ?= 1
 export JAX_COMPILATION_CACHE_DIR ?= $(CURDIR)/.cache/jax
 
 .PHONY: help setup demo demo-from-scratch test test-slow test-hosts test-faults test-browser parity fullsize bench-data lint format clean

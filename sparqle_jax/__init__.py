@@ -2,8 +2,12 @@
 
 from typing import Any
 
+from sparqle_jax import quiet
+
 __version__ = "0.1.0"
 __all__ = ["SparQLe", "Transcript"]
+
+quiet.third_parties()
 
 
 def __getattr__(name: str) -> Any:

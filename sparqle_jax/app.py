@@ -243,9 +243,11 @@ def respond(
             yield _message("Listening …"), transcript.text, table(transcript), drawn
         took = time.perf_counter() - begin
         listening = None
-        if seconds <= MAX_PICTURED:
+        if seconds <= MAX_PICTURED and sparqle.has_attention:
             listening = [(w, sparqle.listening((w.waveform, audio.SAMPLE_RATE))) for w in windows]
         done = f"{seconds:.1f} s of sound, answered in {took:.2f} s."
+        if not transcript.complete:
+            done += f" An answer was cut at {settings['max_new_tokens']} tokens: allow more of them."
         yield _message(done), transcript.text, table(transcript), picture(waveform, listening, done=True)
     except Refused as error:
         yield refusal(str(error)), "", "", ""
@@ -534,7 +536,8 @@ def warm_up(sparqle: SparQLe) -> float:
     noise = np.random.default_rng(0).normal(0, 0.1, samples).astype(np.float32)
     for _ in sparqle.stream((noise, audio.SAMPLE_RATE), instructions(TRANSCRIBE)[0]):
         pass
-    sparqle.listening((noise, audio.SAMPLE_RATE))
+    if sparqle.has_attention:
+        sparqle.listening((noise, audio.SAMPLE_RATE))
     return time.perf_counter() - begin
 
 

@@ -13,6 +13,7 @@ import contextlib
 import dataclasses
 import difflib
 import functools
+import numbers
 import os
 import re
 import shutil
@@ -20,7 +21,7 @@ import warnings
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, overload
 
 import huggingface_hub
 import jax
@@ -41,10 +42,12 @@ from sparqle_jax.sharding import batch_parts, batch_sharding
 
 MINIATURE = Path(__file__).parent / "demo" / "models" / "sparqle"
 BATCH_SIZE = 32
+LISTENING = ("batch_size", "heard")  # options of `listen` that are not of generation
 OVERLAPPING = 8  # words, more than there are in an overlap
 LENGTHS = 4  # waveforms are padded to one of so many lengths, and to a power of two of them
 
-# A file, or a waveform [S] or [S, channels] and its sample rate.
+# A file, or a waveform [S] or [S, channels] and its sample rate; the latter also as Hugging Face's data sets
+# have it, {"array": ..., "sampling_rate": ...}.
 Recording = str | os.PathLike | tuple[np.ndarray, int] | Mapping[str, Any]
 
 
@@ -84,11 +87,12 @@ class ModelConfig(pydantic.BaseModel, frozen=True, extra="forbid"):
 
 @dataclasses.dataclass(frozen=True)
 class Piece:
-    """What is said from start to end, in seconds."""
+    """The answer to what is said from start to end, in seconds. complete: not cut at max_new_tokens."""
 
     start: float
     end: float
     text: str
+    complete: bool = True
 
 
 @dataclasses.dataclass(frozen=True)
@@ -100,6 +104,11 @@ class Transcript:
     @property
     def text(self) -> str:
         return " ".join(piece.text for piece in self.pieces if piece.text)
+
+    @property
+    def complete(self) -> bool:
+        """Whether no answer was cut at max_new_tokens."""
+        return all(piece.complete for piece in self.pieces)
 
     def __str__(self) -> str:
         return self.text
@@ -200,18 +209,39 @@ class SparQLe:
 
     # --- What users call ---------------------------------------------------------------------------------
 
-    def transcribe(self, recordings: Recording | Sequence[Recording], **options) -> Any:
-        """What is said: a Transcript, or for a list a list of them. Options are those of `listen`.
+    @overload
+    def transcribe(self, recordings: Recording, **options: Any) -> Transcript: ...
 
+    @overload
+    def transcribe(self, recordings: Iterable[Recording], **options: Any) -> list[Transcript]: ...
+
+    def transcribe(self, recordings: Any, **options: Any) -> Transcript | list[Transcript]:
+        """What is said: a Transcript, or for any sequence of recordings a list of them.
+
+        (waveform, sample rate) is one recording. Options are those of `listen`.
         Raises ValueError and FileNotFoundError for the first that can't be heard, naming it.
         """
         return self._all(recordings, instructions(TRANSCRIBE)[0], options)
 
-    def translate(self, recordings: Recording | Sequence[Recording], language: str, **options) -> Any:
+    @overload
+    def translate(self, recordings: Recording, language: str, **options: Any) -> Transcript: ...
+
+    @overload
+    def translate(
+        self, recordings: Iterable[Recording], language: str, **options: Any
+    ) -> list[Transcript]: ...
+
+    def translate(self, recordings: Any, language: str, **options: Any) -> Transcript | list[Transcript]:
         """The same in another language, given as its name or code: "German", "de"."""
         return self._all(recordings, instructions(language)[0], options)
 
-    def generate(self, recordings: Recording | Sequence[Recording], prompt: str, **options) -> Any:
+    @overload
+    def generate(self, recordings: Recording, prompt: str, **options: Any) -> Transcript: ...
+
+    @overload
+    def generate(self, recordings: Iterable[Recording], prompt: str, **options: Any) -> list[Transcript]: ...
+
+    def generate(self, recordings: Any, prompt: str, **options: Any) -> Transcript | list[Transcript]:
         """The answers to a prompt of your own, in which `<SpeechHere>` stands for the speech; or else it
         comes first."""
         return self._all(recordings, with_speech(prompt), options)
@@ -238,11 +268,12 @@ class SparQLe:
         batch: list[tuple[_Listening, audio.Window]] = []
 
         def answer() -> None:
-            waveforms = [window.waveform for _, window in batch]
-            texts = self.answer(self.encode(waveforms), len(batch), instruction, config)
-            for (listening, window), text in zip(batch, texts, strict=True):
-                listening.add(window, text)
-            heard(sum(map(len, waveforms)) / audio.SAMPLE_RATE)
+            windows = [window for _, window in batch]
+            for (listening, window), answered in zip(
+                batch, self._answers(windows, instruction, config), strict=True
+            ):
+                listening.add(window, answered)
+            heard(sum(len(window.waveform) for window in windows) / audio.SAMPLE_RATE)
             batch.clear()
 
         for recording in recordings:
@@ -253,7 +284,7 @@ class SparQLe:
                     batch.append((listening, window))
                     if len(batch) == batch_size:
                         answer()
-            except (audio.UnusableAudio, FileNotFoundError, PermissionError) as error:
+            except Exception as error:  # whatever it is, it is this recording's alone
                 listening.error = error
             listening.whole = True
             while waiting and waiting[0].ready:
@@ -272,9 +303,10 @@ class SparQLe:
             frames = self.encode([window.waveform])
             with self._on_mesh():
                 for rows in stream(self.model, self._asked(instruction, frames), config):
-                    text = self.prompter.decode(hosts.whole(rows)[0])
+                    row = hosts.whole(rows)[0]
+                    text = self.prompter.decode(row)
                     yield Transcript((*whole.pieces, Piece(*window.seconds, text)))
-            whole.add(window, text)
+            whole.add(window, (text, _has_end(row, config)))
         yield whole.transcript()
 
     def windows(self, recording: Recording) -> Iterator[audio.Window]:
@@ -330,20 +362,28 @@ class SparQLe:
 
         Warns of answers that are cut because they have `max_new_tokens` tokens and no end.
         """
-        return self._generate(self._asked(instruction, frames), num, config)
+        return self._texts(self._asked(instruction, frames), num, config)
 
     def answer_text(self, texts: Sequence[str], instruction: str, config: GenerationConfig) -> list[str]:
         """The LLM's own answers to the same instructions with the written text in place of the speech."""
         # The text is tokenised apart from what is around it, as the speech stands apart.
         before, after = self.prompter.prompt(instruction)
         asked = [(before + self.prompter.answer(text)[:-1], after) for text in texts]
-        return self._generate(self._prompts(self._filled(asked)), len(asked), config)
+        return self._texts(self._prompts(self._filled(asked)), len(asked), config)
+
+    @property
+    def has_attention(self) -> bool:
+        """Whether the adapter's tokens attend to frames, so that it can be shown to which."""
+        return hasattr(self.model.adapter, "attention")
 
     def listening(self, recording: Recording) -> np.ndarray:
-        """Which frames of a recording, no longer than is heard at once, the queries attend to.
+        """Which frames of a recording, no longer than is heard at once, the tokens attend to.
 
-        float32 [Q, T], the mean of the cross-attentions; each query's weights have the sum 1.
+        float32 [Q, T], the mean of the cross-attentions; each token's weights have the sum 1. Raises
+        ValueError for an adapter without attention.
         """
+        if not self.has_attention:
+            raise ValueError(f"the adapter of kind={self.model.adapter.config.kind!r} attends to no frames.")
         (window, *more) = self.windows(recording)
         if more:
             raise ValueError(f"only {self.config.max_seconds:g} s can be shown at once.")
@@ -366,7 +406,7 @@ class SparQLe:
         return [-(-self._max_samples * (i + 1) // LENGTHS) for i in range(LENGTHS)]
 
     def _all(self, recordings: Any, instruction: str, options: dict[str, Any]) -> Any:
-        if not isinstance(recordings, list):
+        if _is_one(recordings):
             return self._all([recordings], instruction, options)[0]
         results = list(self.listen(recordings, instruction, **options))
         for i, result in enumerate(results):
@@ -374,7 +414,27 @@ class SparQLe:
                 raise ValueError(f"recording {i}: {result}") from result
             if isinstance(result, Exception):
                 raise result
+        if cut := sum(not result.complete for result in results):
+            config = self.generation_config(**{k: v for k, v in options.items() if k not in LISTENING})
+            warnings.warn(
+                f"{cut} of {len(results)} answers have no end within max_new_tokens={config.max_new_tokens} "
+                "tokens: they are cut there (see Transcript.complete).",
+                stacklevel=3,
+            )
         return results
+
+    def _answers(
+        self, windows: Sequence[audio.Window], instruction: str, config: GenerationConfig
+    ) -> list[tuple[str, bool] | Exception]:
+        """For each window its answer and whether that has its end, or why there is none."""
+        try:
+            frames = self.encode([window.waveform for window in windows])
+            return self._generate(self._asked(instruction, frames), len(windows), config)
+        except Exception as error:
+            if len(windows) == 1:
+                return [error]
+        # One of them is at fault: the others get their answers.
+        return [self._answers([window], instruction, config)[0] for window in windows]
 
     def _asked(self, instruction: str, frames: dict[str, jax.Array]) -> dict[str, Any]:
         asked = self.prompter.prompt(instruction)
@@ -387,16 +447,21 @@ class SparQLe:
         batch = prompts.collate(asked, vocab_size=vocab_size, before_length=before, after_length=after)
         return self._split(batch)
 
-    def _generate(self, batch: dict[str, Any], num: int, config: GenerationConfig) -> list[str]:
+    def _generate(self, batch: dict[str, Any], num: int, config: GenerationConfig) -> list[tuple[str, bool]]:
+        """The texts of the first `num` answers, and whether each has its end."""
         with self._on_mesh():
             rows = hosts.whole(generate(self.model, batch, config))[:num]
-        if cut := int((~np.isin(rows, config.eos_token_ids)).all(1).sum()):
+        return [(self.prompter.decode(row), _has_end(row, config)) for row in rows]
+
+    def _texts(self, batch: dict[str, Any], num: int, config: GenerationConfig) -> list[str]:
+        answers = self._generate(batch, num, config)
+        if cut := sum(not complete for _, complete in answers):
             warnings.warn(
                 f"{cut} of {num} answers have no end within max_new_tokens={config.max_new_tokens} tokens: "
                 "they are cut there.",
                 stacklevel=3,
             )
-        return [self.prompter.decode(row) for row in rows]
+        return [text for text, _ in answers]
 
     def _filled(self, rows: list) -> list:
         """With the first repeated at the end: a power of two times the parts that the mesh makes of it."""
@@ -430,16 +495,20 @@ class _Listening:
     def ready(self) -> bool:
         return self.whole and not self.open
 
-    def add(self, window: audio.Window, text: str) -> None:
-        """The answer to the next window."""
+    def add(self, window: audio.Window, answered: tuple[str, bool] | Exception) -> None:
+        """The answer to the next window, and whether it has its end; or why there is none."""
         self.open -= 1
+        if isinstance(answered, Exception):
+            self.error = self.error or answered
+            return
+        text, complete = answered
         start, end = window.seconds
         if window.overlaps and self.pieces:
             before = self.pieces[-1]
             former, text = join(before.text, text)
             self.pieces[-1] = dataclasses.replace(before, text=former)
             start = min(before.end, end)
-        self.pieces.append(Piece(round(start, 3), round(end, 3), text))
+        self.pieces.append(Piece(round(start, 3), round(end, 3), text, complete))
 
     def transcript(self) -> Transcript:
         return Transcript(tuple(self.pieces))
@@ -467,6 +536,20 @@ def _plain(word: str) -> str:
     return re.sub(r"\W", "", word).lower() or word
 
 
+def _is_one(recordings: Any) -> bool:
+    """Whether this is one recording (a file, (waveform, sample rate), a mapping) or a sequence of them."""
+    if isinstance(recordings, str | os.PathLike | Mapping) or not isinstance(recordings, Iterable):
+        return True
+    if isinstance(recordings, np.ndarray):
+        return recordings.dtype.kind not in "OUS"  # an array of paths
+    is_pair = isinstance(recordings, tuple | list) and len(recordings) == 2
+    return is_pair and isinstance(recordings[1], numbers.Real)
+
+
+def _has_end(row: np.ndarray, config: GenerationConfig) -> bool:
+    return bool(np.isin(row, config.eos_token_ids).any())
+
+
 def with_speech(prompt: str) -> str:
     """A prompt with a place for the speech: at its start, when it has none."""
     return prompt if prompts.SPEECH in prompt else f"<Speech>{prompts.SPEECH}</Speech> {prompt}"
@@ -478,7 +561,7 @@ def _blocks(recording: Recording) -> Iterator[np.ndarray]:
         return audio.read_blocks(recording)
     if isinstance(recording, Mapping) and {"array", "sampling_rate"} <= recording.keys():
         recording = (recording["array"], recording["sampling_rate"])  # as in Hugging Face's data sets
-    if not (isinstance(recording, tuple) and len(recording) == 2):
+    if not (isinstance(recording, tuple | list) and len(recording) == 2):
         raise audio.UnusableAudio(
             "unreadable",
             f"a {type(recording).__name__} is no recording: give a file, or (waveform, sample rate).",

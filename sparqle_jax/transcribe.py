@@ -20,6 +20,7 @@ import sys
 import tempfile
 import time
 import warnings
+from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from pathlib import Path
@@ -34,12 +35,12 @@ from sparqle_jax.sparqle import BATCH_SIZE, MINIATURE, Piece, SparQLe, Transcrip
 ENDINGS = {".wav", ".flac", ".mp3", ".ogg", ".opus", ".oga", ".aiff", ".aif", ".au", *audio.FFMPEG}
 
 
-def find_recordings(names: list[str]) -> dict[str, str]:
-    """Files by what their output is to be called: files as given, of folders and globs all recordings.
+def find_recordings(names: list[str]) -> tuple[list[tuple[str, str]], list[str]]:
+    """Short names and files of all recordings: files as given, of folders and globs all that are in them.
 
-    Raises ValueError for a folder or a glob without any, and for two files with the same output.
+    Also a reason for each folder or glob without any. A file that is given twice is there once.
     """
-    found: dict[str, str] = {}
+    found, problems = {}, []
     for name in names:
         if os.path.isdir(name):
             files = sorted(str(file) for file in Path(name).rglob("*") if file.suffix.lower() in ENDINGS)
@@ -49,15 +50,28 @@ def find_recordings(names: list[str]) -> dict[str, str]:
         else:
             pairs = [("stdin" if name == "-" else os.path.basename(name), name)]
         if not pairs:
-            raise ValueError(f"{name} has no recordings: looked for {', '.join(sorted(ENDINGS))}.")
+            problems.append(f"{name} has no recordings: looked for {', '.join(sorted(ENDINGS))}.")
         for short, file in pairs:
-            stem = os.path.splitext(short)[0]
-            if found.setdefault(stem, file) != file:
-                raise ValueError(
-                    f"{found[stem]} and {file} would both be called {stem}: give the folder around them, or "
-                    "one after the other."
-                )
-    return found
+            found.setdefault(file, short)
+    return [(short, file) for file, short in found.items()], problems
+
+
+def output_names(recordings: list[tuple[str, str]]) -> dict[str, str]:
+    """Files by what their output is to be called: their names, with the ending where it tells two apart.
+
+    Raises ValueError for two files of one name.
+    """
+    stems = Counter(os.path.splitext(short)[0] for short, _ in recordings)
+    named: dict[str, str] = {}
+    for short, file in recordings:
+        stem = os.path.splitext(short)[0]
+        name = stem if stems[stem] == 1 else short
+        if named.setdefault(name, file) != file:
+            raise ValueError(
+                f"{named[name]} and {file} would both be called {name} in --output: give the folder around "
+                "them, or one after the other."
+            )
+    return named
 
 
 def _clock(seconds: float, mark: str) -> str:
@@ -75,7 +89,8 @@ def as_text(transcript: Transcript) -> str:
 
 def as_json(transcript: Transcript) -> str:
     pieces = [vars(piece) for piece in transcript.pieces]
-    return json.dumps({"text": transcript.text, "pieces": pieces}, ensure_ascii=False) + "\n"
+    answer = {"text": transcript.text, "complete": transcript.complete, "pieces": pieces}
+    return json.dumps(answer, ensure_ascii=False) + "\n"
 
 
 def as_srt(transcript: Transcript) -> str:
@@ -99,7 +114,7 @@ def as_tsv(transcript: Transcript) -> str:
     text = io.StringIO()
     writer = csv.writer(text, delimiter="\t", lineterminator="\n")
     writer.writerow(["start", "end", "text"])
-    writer.writerows(vars(piece).values() for piece in _spoken(transcript))
+    writer.writerows((piece.start, piece.end, piece.text) for piece in _spoken(transcript))
     return text.getvalue()
 
 
@@ -145,7 +160,11 @@ def main(argv: list[str] | None = None) -> int:
         instruction = (
             with_speech(args.prompt) if args.prompt else instructions(args.translate or TRANSCRIBE)[0]
         )
-        recordings = find_recordings(args.recordings)
+        found, problems = find_recordings(args.recordings)
+        if not found:
+            raise ValueError(" ".join(problems))
+        # Without --output there is nothing to be called the same.
+        recordings = {file: file for _, file in found} if args.output is None else output_names(found)
         if args.output is None and args.format in ("srt", "vtt", "tsv") and len(recordings) > 1:
             raise ValueError(f"--format {args.format} of several recordings needs --output DIR.")
         if args.output is not None:
@@ -168,12 +187,13 @@ def main(argv: list[str] | None = None) -> int:
             shutil.copyfileobj(sys.stdin.buffer, kept)
             kept.flush()
             recordings = {name: kept.name if file == "-" else file for name, file in recordings.items()}
-        return _transcribe(sparqle, recordings, instruction, settings, args, ending)
+        return _transcribe(sparqle, recordings, problems, instruction, settings, args, ending)
 
 
 def _transcribe(
     sparqle: SparQLe,
     recordings: dict[str, str],
+    problems: list[str],
     instruction: str,
     settings: dict[str, float],
     args: argparse.Namespace,
@@ -187,12 +207,15 @@ def _transcribe(
         desc=f"{len(order)} recordings",
         disable=None if len(order) > 1 or sum(lengths.values()) > 60 else True,
     )
-    failed, compiling, began = 0, [0.0], time.monotonic()
+    failed, compiling, began = len(problems), [0.0], time.monotonic()
+    for problem in problems:
+        print(problem, file=sys.stderr)
 
     def compiled(event: str, seconds: float, **_) -> None:
         if event.startswith("/jax/core/compile/"):
             compiling[0] += seconds
 
+    most = sparqle.generation_config(**settings).max_new_tokens
     jax.monitoring.register_event_duration_secs_listener(compiled)
     with progress, warnings.catch_warnings():
         warnings.simplefilter("always")
@@ -209,6 +232,13 @@ def _transcribe(
                 with progress.external_write_mode(sys.stderr):
                     print(_reason(recordings[name], result), file=sys.stderr)
                 continue
+            if not result.complete:
+                with progress.external_write_mode(sys.stderr):
+                    print(
+                        f"{recordings[name]}: an answer has no end within max_new_tokens={most} tokens and "
+                        "is cut there: --max-new-tokens allows more.",
+                        file=sys.stderr,
+                    )
             text = FORMATS[args.format](result)
             if args.output is not None:
                 file = args.output / (name + ending)
@@ -230,8 +260,8 @@ def _transcribe(
         f"{sum(lengths.values()):.1f} s of audio in {took:.1f} s, and {compiling[0]:.1f} s to compile.",
         file=sys.stderr,
     )
-    if failed and len(order) > 1:
-        print(f"{failed} of {len(order)} recordings could not be heard.", file=sys.stderr)
+    if failed and len(order) + len(problems) > 1:
+        print(f"{failed} of {len(order) + len(problems)} could not be heard.", file=sys.stderr)
     return 1 if failed else 0
 
 

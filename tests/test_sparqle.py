@@ -16,6 +16,7 @@ from sparqle_jax.__main__ import main as command
 from sparqle_jax.data.dataset import DataSet
 from sparqle_jax.data.pipeline import TRANSCRIBE, instructions
 from sparqle_jax.demo.__main__ import MODELS
+from sparqle_jax.demo.speech import Voice, synthesise
 from sparqle_jax.sharding import make_mesh
 from sparqle_jax.sparqle import MINIATURE, Piece, Transcript, join, with_speech
 
@@ -271,3 +272,81 @@ def test_every_command_is_there(capsys):
             with pytest.raises(SystemExit) as stopped:
                 command([name, "--help"])
             assert stopped.value.code == 0
+
+
+def utterance() -> np.ndarray:
+    return synthesise("my sister has seventy six flowers", Voice("en-us", "m3", 200))
+
+
+class TestWhatIsABatch:
+    """Any sequence of recordings; (waveform, rate) alone is one recording."""
+
+    def test_sequences(self, sparqle, tmp_path):
+        waveform = utterance()
+        file = tmp_path / "a.wav"
+        soundfile.write(file, waveform, RATE)
+        one = sparqle.transcribe((waveform, RATE))
+        text = one.text
+        assert text
+        assert sparqle.transcribe(str(file)).text == text
+        assert sparqle.transcribe({"array": waveform, "sampling_rate": RATE}).text == text
+        assert sparqle.transcribe((waveform.tolist(), float(RATE))).text == text
+        for batch in (
+            (str(file), file),
+            [file, (waveform, RATE)],
+            ((waveform, RATE), (waveform, RATE)),
+            np.array([str(file), str(file)]),
+            (path for path in (file, file)),
+            [{"array": waveform, "sampling_rate": RATE}, file],
+        ):
+            assert [answer.text for answer in sparqle.transcribe(batch)] == [text, text]
+        assert len(sparqle.translate((file,), "German")) == 1
+        assert sparqle.transcribe([]) == []
+
+    def test_what_is_no_recording(self, sparqle):
+        for wrong in (np.zeros(16_000, np.float32), 7, None):
+            with pytest.raises(ValueError, match=r"is no recording: give a file, or \(waveform, sample rate"):
+                sparqle.transcribe(wrong)
+
+
+def test_one_recordings_fault_is_its_own(sparqle, tmp_path, monkeypatch):
+    """Whatever goes wrong with it, when it is read, encoded or answered: the others get their answers."""
+    waveform = utterance()
+    good = (waveform, RATE)
+    expected = sparqle.transcribe(good).text
+    marked = waveform.copy()
+    marked[0] = 0.123
+    encode, read = sparqle.encode, audio.read_blocks
+
+    def encode_or_fail(waveforms):
+        if any(len(one) and one[0] == np.float32(0.123) for one in waveforms):
+            raise RuntimeError("no memory for it")
+        return encode(waveforms)
+
+    def read_or_fail(file):
+        if "cursed" in str(file):
+            raise OSError("the disk is gone")
+        return read(file)
+
+    monkeypatch.setattr(sparqle, "encode", encode_or_fail)
+    monkeypatch.setattr(audio, "read_blocks", read_or_fail)
+    recordings = [good, (marked, RATE), "cursed.wav", good, tmp_path, (np.zeros((3, 3, 3)), RATE), good]
+    results = list(sparqle.listen(recordings, "Can you transcribe the speech?"))
+    answered = [not isinstance(result, Exception) for result in results]
+    assert answered == [True, False, False, True, False, False, True]
+    reasons = [str(result) for result in results if isinstance(result, Exception)]
+    assert reasons[:2] == ["no memory for it", "the disk is gone"]
+    monkeypatch.setattr(sparqle, "encode", lambda waveforms: (_ for _ in ()).throw(KeyboardInterrupt))
+    with pytest.raises(KeyboardInterrupt):
+        list(sparqle.listen([good], "Can you transcribe the speech?"))
+    assert expected
+
+
+def test_answers_that_are_cut_are_marked(sparqle):
+    good = (utterance(), RATE)
+    assert sparqle.transcribe(good).complete
+    with pytest.warns(UserWarning, match="1 of 1 answers have no end within max_new_tokens=1 tokens"):
+        cut = sparqle.transcribe(good, max_new_tokens=1)
+    assert not cut.complete
+    *_, last = sparqle.stream(good, "Can you transcribe the speech?", max_new_tokens=1)
+    assert not last.complete

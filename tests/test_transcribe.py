@@ -77,9 +77,53 @@ def test_a_missing_recording_or_model_is_said(tmp_path, capsys, spoken):
         transcribe.main([str(spoken), "--translate", "klingonish"])
 
 
-def test_an_answer_that_is_cut_is_said_to_be(spoken):
-    with pytest.warns(UserWarning, match="1 of 1 answers have no end within max_new_tokens=2 tokens"):
-        transcribe.main([str(spoken), "--max-new-tokens", "2"])
+def test_an_answer_that_is_cut_is_said_to_be(spoken, capsys):
+    assert transcribe.main([str(spoken), "--max-new-tokens", "2", "--format", "json"]) == 0
+    captured = capsys.readouterr()
+    assert f"{spoken}: an answer has no end within max_new_tokens=2 tokens" in captured.err
+    answer = json.loads(captured.out)
+    assert (answer["complete"], answer["pieces"][0]["complete"]) == (False, False)
+    assert transcribe.main([str(spoken), "--format", "json"]) == 0
+    captured = capsys.readouterr()
+    assert "no end" not in captured.err
+    answer = json.loads(captured.out)
+    assert (answer["complete"], answer["pieces"][0]["complete"]) == (True, True)
+
+
+def test_equal_names_collide_nowhere(spoken, tmp_path, capsys):
+    """Without --output there is nothing to collide; with it, endings tell them apart."""
+    shutil.copy(spoken, tmp_path / "a.wav")
+    waveform, rate = soundfile.read(spoken)
+    soundfile.write(tmp_path / "a.flac", waveform, rate)
+    (tmp_path / "other").mkdir()
+    shutil.copy(spoken, tmp_path / "other" / "a.wav")
+    files = [str(tmp_path / name) for name in ("a.wav", "a.flac", "other/a.wav", "a.wav")]
+    assert transcribe.main(files) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert lines == [f"{file}\t{SENTENCE}" for file in files[:3]]  # given twice, it is heard once
+    out = tmp_path / "out"
+    for _ in range(2):
+        assert transcribe.main([*files[:2], "--output", str(out)]) == 0
+        assert sorted(file.name for file in out.iterdir()) == ["a.flac.txt", "a.wav.txt"]
+    assert "2 are done already" in capsys.readouterr().err
+
+
+def test_what_has_no_recordings_ends_nothing(spoken, tmp_path, capsys):
+    (tmp_path / "empty").mkdir()
+    names = [str(tmp_path / "empty"), str(spoken), str(tmp_path / "*.mp3"), str(tmp_path / "none.wav")]
+    assert transcribe.main(names) == 1
+    captured = capsys.readouterr()
+    assert captured.out == f"{spoken}\t{SENTENCE}\n"
+    for name in (names[0], names[2]):
+        assert f"{name} has no recordings: looked for" in captured.err
+    assert "none.wav does not exist" in captured.err
+    assert "3 of 4 could not be heard" in captured.err
+
+
+def test_a_name_that_users_gave_is_tried_whatever_its_ending(spoken, tmp_path, capsys):
+    shutil.copy(spoken, tmp_path / "a.recording")
+    assert transcribe.main([str(tmp_path / "a.recording")]) == 0
+    assert capsys.readouterr().out.strip() == SENTENCE
 
 
 @pytest.fixture(scope="module")
@@ -162,7 +206,7 @@ def test_a_recording_comes_through_stdin(spoken, monkeypatch, capsys):
     [
         (["EMPTY"], "has no recordings: looked for"),
         (["SPOKEN", "TALK", "--format", "srt"], "--format srt of several recordings needs --output"),
-        (["SPOKEN", "OTHER/say.wav"], "would both be called say"),
+        (["SPOKEN", "OTHER/say.wav", "--output", "OUT"], "would both be called say.wav in --output"),
         (["SPOKEN", "--num-beams", "0"], "num_beams"),
         (["SPOKEN", "--num-beams", "2", "--temperature", "0.5"], "beams"),
         (["SPOKEN", "--translate", "klingonish"], "neither a language's name nor its code"),
@@ -171,7 +215,13 @@ def test_a_recording_comes_through_stdin(spoken, monkeypatch, capsys):
     ],
 )
 def test_mistakes_are_found_before_anything_is_done(arguments, message, spoken, talk, tmp_path, capsys):
-    places = {"EMPTY": tmp_path, "SPOKEN": spoken, "TALK": talk[0], "OTHER/say.wav": tmp_path / "say.wav"}
+    places = {
+        "EMPTY": tmp_path,
+        "OUT": tmp_path / "out",
+        "SPOKEN": spoken,
+        "TALK": talk[0],
+        "OTHER/say.wav": tmp_path / "say.wav",
+    }
     with pytest.raises(SystemExit) as stopped:
         transcribe.main([str(places.get(argument, argument)) for argument in arguments])
     assert stopped.value.code == 2

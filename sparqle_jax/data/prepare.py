@@ -12,6 +12,7 @@ with --beam "runner=DataflowRunner ..." on a cluster that reaches the same folde
 """
 
 import argparse
+import contextlib
 import logging
 import sys
 import tarfile
@@ -22,7 +23,7 @@ from typing import Any
 import numpy as np
 import tensorflow_datasets as tfds
 
-from sparqle_jax import audio
+from sparqle_jax import audio, quiet
 from sparqle_jax.data.builder import Limits, prepare
 from sparqle_jax.data.dataset import DataSet
 from sparqle_jax.data.sources import Covost2, LibriSpeech, Manifest, MustC, Source
@@ -112,8 +113,10 @@ def main(argv: list[str] | None = None) -> int:
     if not args.beam:  # on a cluster, what Beam has to say is all that there is to see
         for name in ("apache_beam", "root", "absl"):
             logging.getLogger(name).setLevel(logging.ERROR)
+    quieter = contextlib.nullcontext() if args.beam else quiet.processes_without(quiet.BEAM)
     try:
-        prepare(args.folder, _source(args), limits, args.beam)
+        with quieter:
+            prepare(args.folder, _source(args), limits, args.beam)
     except (ValueError, FileNotFoundError, FileExistsError) as error:
         parser.error(str(error))
     data = DataSet(args.folder)
