@@ -15,12 +15,10 @@ from sparqle_jax.demo.speech import Voice, synthesise
 
 ROOT = Path(__file__).parents[1]
 NO_LIBTPU = """
-import importlib.abc, sys
-class Hidden(importlib.abc.MetaPathFinder):
-    def find_spec(self, name, path=None, target=None):
-        if name.partition(".")[0] == "libtpu":
-            raise ModuleNotFoundError("No module named 'libtpu'", name="libtpu")
-sys.meta_path.insert(0, Hidden())
+import importlib.machinery as machinery
+find = machinery.PathFinder.find_spec
+hidden = lambda name, *args: None if name.partition(".")[0] == "libtpu" else find(name, *args)
+machinery.PathFinder.find_spec = hidden
 """
 
 

@@ -331,14 +331,14 @@ def test_one_recordings_fault_is_its_own(sparqle, tmp_path, monkeypatch):
     monkeypatch.setattr(sparqle, "encode", encode_or_fail)
     monkeypatch.setattr(audio, "read_blocks", read_or_fail)
     recordings = [good, (marked, RATE), "cursed.wav", good, tmp_path, (np.zeros((3, 3, 3)), RATE), good]
-    results = list(sparqle.listen(recordings, "Can you transcribe the speech?"))
+    results = list(sparqle.listen(recordings, instructions(TRANSCRIBE)[0]))
     answered = [not isinstance(result, Exception) for result in results]
     assert answered == [True, False, False, True, False, False, True]
     reasons = [str(result) for result in results if isinstance(result, Exception)]
     assert reasons[:2] == ["no memory for it", "the disk is gone"]
     monkeypatch.setattr(sparqle, "encode", lambda waveforms: (_ for _ in ()).throw(KeyboardInterrupt))
     with pytest.raises(KeyboardInterrupt):
-        list(sparqle.listen([good], "Can you transcribe the speech?"))
+        list(sparqle.listen([good], instructions(TRANSCRIBE)[0]))
     assert expected
 
 
@@ -348,5 +348,5 @@ def test_answers_that_are_cut_are_marked(sparqle):
     with pytest.warns(UserWarning, match="1 of 1 answers have no end within max_new_tokens=1 tokens"):
         cut = sparqle.transcribe(good, max_new_tokens=1)
     assert not cut.complete
-    *_, last = sparqle.stream(good, "Can you transcribe the speech?", max_new_tokens=1)
+    *_, last = sparqle.stream(good, instructions(TRANSCRIBE)[0], max_new_tokens=1)
     assert not last.complete
