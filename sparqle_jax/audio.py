@@ -12,85 +12,168 @@ import re
 import shutil
 import subprocess
 import tempfile
+import warnings
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import soundfile
 import soxr
 from etils import epath
 
+from sparqle_jax import streams
 from sparqle_jax.compat import Compat, check_compat
+from sparqle_jax.streams import CUT_TOLERANCE, UnusableAudio
 
 SAMPLE_RATE = 16_000
-CUT_TOLERANCE = 0.15  # seconds by which the headers of mp3 files may be wrong
 BLOCK = 10.0  # seconds that are read at a time
-LARGEST = 2 << 30  # bytes of wav that ffmpeg may make of a file: small ones may be hours long
+LARGEST = 3 << 30  # bytes of wav that ffmpeg may make of a file: small ones may be hours long
 
 SILENCE = 1e-4  # -80 dB: no recording of speech is so quiet
 
 # Where `cut` cuts, in seconds: sentences end in a long pause; a word has none as long as a short one.
 LONG_PAUSE, SHORT_PAUSE, OVERLAP = 0.6, 0.15, 1.0
 
-# Endings of what ffmpeg has to read, and what it calls them. It is told, or a file could be a list of others.
-FFMPEG = {".m4a": "mov", ".mp4": "mov", ".aac": "aac", ".webm": "matroska", ".mka": "matroska"}
+# The usual endings of what ffmpeg has to read. It is tried whatever the ending is.
+FFMPEG = (".m4a", ".mp4", ".aac", ".webm", ".mka", ".wma", ".amr", ".3gp", ".mkv", ".mov", ".avi")
+# Its names of formats that hold audio themselves, and can be told by how they begin.
+DEMUXERS = (
+    "3g2,aac,ac3,aiff,amr,ape,asf,au,avi,caf,dsf,dts,eac3,flac,flv,iff,loas,matroska,mov,mpc,mpc8,mpeg,mpegts,mxf,"
+    "nut,oga,ogg,oma,rm,shn,swf,tak,tta,voc,w64,wav,wtv,wv,xwma"
+)
 
 
-class UnusableAudio(ValueError):
-    """What is the matter with a recording. reason: the same for all of its kind."""
-
-    def __init__(self, reason: str, message: str):
-        super().__init__(message)
-        self.reason = reason
+class DownmixWarning(UserWarning):
+    """Channels cancel each other, so that the loudest was taken in place of their mean."""
 
 
 def read(file: str | os.PathLike, offset: float = 0.0, seconds: float | None = None) -> np.ndarray:
     """A recording of any rate and any number of channels -> mono float32 [S] at 16 kHz, from -1 to 1.
 
-    wav, flac, mp3, ogg and opus are read, local or on gs://, and with ffmpeg what FFMPEG lists; of them the
-    part from `offset` on, in seconds, `seconds` long. Channels are averaged. Raises FileNotFoundError, and
-    UnusableAudio for what is no recording, is cut short, or ends before the part does.
+    wav, flac, mp3, ogg and opus are read, local or on gs://, and with ffmpeg whatever else it reads; of them
+    the part from `offset` on, in seconds, `seconds` long. A file may have several recordings, of different
+    rates and channels, one after the other. Channels are averaged, but where they cancel each other the
+    loudest is taken, with a DownmixWarning. Raises FileNotFoundError, and UnusableAudio for what is no
+    recording, is cut short, ends before the part does, or can't be read to its end.
     """
-    with _open(file) as recording:
-        rate = recording.samplerate
-        start, number = round(offset * rate), -1 if seconds is None else round(seconds * rate)
-        if start:
-            recording.seek(min(start, recording.frames))
-        channels = recording.read(number, dtype="float32", always_2d=True)  # [S, channels]
-        promised = recording.frames - start if seconds is None else number
-        if start > recording.frames or promised - len(channels) > CUT_TOLERANCE * rate:
-            raise _cut_short(file, promised, len(channels), f" from {offset:g} s on")
-    return resample(channels, rate)
-
-
-def _cut_short(file: str | os.PathLike, promised: int, there: int, where: str = "") -> UnusableAudio:
-    return UnusableAudio(
-        "cut short",
-        f"{file} is cut short: {promised} samples are expected{where}, but {there} are there.",
-    )
+    parts = [(rate, list(blocks)) for rate, blocks in _parts(file, offset, seconds)]
+    waveforms = [_at_16_khz(np.concatenate(blocks), rate) for rate, blocks in parts if blocks]
+    return np.concatenate(waveforms) if waveforms else np.zeros(0, np.float32)
 
 
 def resample(channels: np.ndarray, rate: int) -> np.ndarray:
-    """Channels float32 [S, C] at a rate -> their mean, float32 [S] at 16 kHz."""
-    waveform = channels.mean(1)
-    return waveform if rate == SAMPLE_RATE else soxr.resample(waveform, rate, SAMPLE_RATE)
+    """Channels float32 [S, C] at a rate -> mono float32 [S] at 16 kHz, as `read` gives it."""
+    mono, cancelled = _downmix(channels, rate)
+    _warn_of_cancelled("the waveform", cancelled / rate)
+    return _at_16_khz(mono, rate)
 
 
 def read_blocks(file: str | os.PathLike) -> Iterator[np.ndarray]:
-    """What `read` gives, a few seconds at a time: float32 [S] at 16 kHz. Raises as `read` does."""
-    with _open(file) as recording:
-        rate, there = recording.samplerate, 0
-        resampler = None if rate == SAMPLE_RATE else soxr.ResampleStream(rate, SAMPLE_RATE, 1, "float32")
-        while len(channels := recording.read(round(BLOCK * rate), dtype="float32", always_2d=True)):
+    """What `read` gives, a few seconds at a time: float32 [S] at 16 kHz. Raises and warns as `read` does."""
+    for rate, blocks in _parts(file):
+        if rate == SAMPLE_RATE:
+            yield from blocks
+            continue
+        resampler = soxr.ResampleStream(rate, SAMPLE_RATE, 1, "float32")
+        for block in blocks:
+            yield resampler.resample_chunk(block)
+        yield resampler.resample_chunk(np.zeros(0, np.float32), last=True)
+
+
+def _parts(
+    file: str | os.PathLike, offset: float = 0.0, seconds: float | None = None
+) -> Iterator[tuple[int, Iterator[np.ndarray]]]:
+    """Of each recording in a file its rate, and its samples in blocks float32 [S], from `offset` on.
+
+    The blocks of one have to be taken before the next is asked for.
+    """
+    before = cancelled = 0.0  # seconds
+    promised = there = 0  # samples, of the recording that is open
+
+    def blocks(recording: soundfile.SoundFile) -> Iterator[np.ndarray]:
+        nonlocal there, cancelled
+        size = round(BLOCK * recording.samplerate)
+        while there < promised:
+            channels = _read(file, recording, min(size, promised - there))
+            if not len(channels):
+                break
             there += len(channels)
-            block = channels.mean(1)
-            yield block if resampler is None else resampler.resample_chunk(block)
-        if recording.frames - there > CUT_TOLERANCE * rate:
-            raise _cut_short(file, recording.frames, there)
-        if resampler is not None:
-            yield resampler.resample_chunk(np.zeros(0, np.float32), last=True)
+            mono, number = _downmix(channels, recording.samplerate)
+            cancelled += number / recording.samplerate
+            yield mono
+
+    for recording in _recordings(file):
+        rate, frames = recording.samplerate, recording.frames
+        begin = round((offset - before) * rate)
+        end = frames if seconds is None else min(frames, begin + round(seconds * rate))
+        before += frames / rate
+        if end <= begin or end <= 0 or begin >= frames:
+            continue
+        if begin > 0:
+            recording.seek(begin)
+        promised, there = end - max(0, begin), 0
+        yield rate, blocks(recording)
+        if promised - there > CUT_TOLERANCE * rate:
+            raise _cut_short(file, promised, there, offset, rate)
+    wanted = offset + (seconds or 0)
+    if wanted - before > CUT_TOLERANCE or offset > before:
+        raise UnusableAudio(
+            "cut short",
+            f"{file} is cut short: the part from {offset:g} s to {wanted:g} s is asked for, but it is "
+            f"{before:.2f} s long.",
+        )
+    _warn_of_cancelled(file, cancelled)
+
+
+def _read(file: str | os.PathLike, recording: soundfile.SoundFile, number: int) -> np.ndarray:
+    try:
+        return recording.read(number, dtype="float32", always_2d=True)  # [S, channels]
+    except soundfile.LibsndfileError as error:
+        raise UnusableAudio("unreadable", f"{file} can't be read to its end: {error.error_string}") from error
+
+
+def _cut_short(file: str | os.PathLike, promised: int, there: int, offset: float, rate: int) -> UnusableAudio:
+    where = f" from {offset:g} s on" if offset else ""
+    return UnusableAudio(
+        "cut short",
+        f"{file} is cut short: {promised} samples at {rate} Hz are expected{where}, but {there} are there.",
+    )
+
+
+def _at_16_khz(waveform: np.ndarray, rate: int) -> np.ndarray:
+    return waveform if rate == SAMPLE_RATE else soxr.resample(waveform, rate, SAMPLE_RATE)
+
+
+def _downmix(channels: np.ndarray, rate: int) -> tuple[np.ndarray, int]:
+    """Channels [S, C] -> their mean [S], or the loudest where they cancel; and of how many samples that is.
+
+    They do where less than half of the power is left that the mean of independent channels has: neither
+    stereo of any usual kind nor a channel that is silent comes near it. It is decided anew for each second,
+    since recordings are put together of different parts.
+    """
+    mono = channels.mean(1)
+    cancelled = 0
+    if channels.shape[1] > 1:
+        for start in range(0, len(channels), rate):
+            part = channels[start : start + rate]
+            power = np.square(part, dtype=np.float64).mean(0)
+            independent = power.sum() / power.size**2
+            if np.square(mono[start : start + rate], dtype=np.float64).mean() < independent / 2:
+                # Of channels about as loud always the same, or the sign would change at each second.
+                loudest = int(np.argmax(power >= power.max() / 2))
+                mono[start : start + rate] = part[:, loudest]
+                cancelled += len(part)
+    return mono, cancelled
+
+
+def _warn_of_cancelled(what: str | os.PathLike, seconds: float) -> None:
+    if seconds:
+        warnings.warn(
+            f"{what}: its channels cancel each other in {seconds:.1f} s; the loudest was taken there.",
+            DownmixWarning,
+            stacklevel=3,
+        )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -209,9 +292,11 @@ def _digital_silence(window: np.ndarray, begin: int, end: int, hop: int) -> tupl
 
 
 def count_samples(file: str | os.PathLike) -> int:
-    """How many samples `read` gives of a recording, by its header, rounded up. Raises as `read` does."""
-    with _open(file) as recording:
-        return math.ceil(recording.frames * SAMPLE_RATE / recording.samplerate)
+    """How many samples `read` gives of a file, by its headers, each recording's rounded up. Raises as `read`
+    does."""
+    return sum(
+        math.ceil(recording.frames * SAMPLE_RATE / recording.samplerate) for recording in _recordings(file)
+    )
 
 
 def check(waveform: np.ndarray, *, min_samples: int, max_samples: int) -> None:
@@ -246,52 +331,75 @@ def as_wav(samples: np.ndarray) -> str:
     return base64.b64encode(file.getvalue()).decode()
 
 
-@contextmanager
-def _open(file: str | os.PathLike) -> Iterator[soundfile.SoundFile]:
+def _recordings(file: str | os.PathLike) -> Iterator[soundfile.SoundFile]:
+    """The recordings in a file, one after the other, each open until the next is asked for."""
     path = epath.Path(file)
     if not path.exists():
         raise FileNotFoundError(f"{file} does not exist.")
     if path.is_dir():
         raise UnusableAudio("unreadable", f"{file} is a folder, not a recording.")
-    with contextlib.ExitStack() as stack:
-        source: Any = os.fspath(path)
-        if "://" in source:
-            source = stack.enter_context(path.open("rb"))  # through Python where it must be: slower
-        elif path.suffix.lower() in FFMPEG and shutil.which("ffmpeg"):
-            source = stack.enter_context(_converted(source))
+    with path.open("rb") as content:
         try:
-            recording = stack.enter_context(soundfile.SoundFile(source))
-            _check_length_known(file, recording)
-            yield recording
-        except (soundfile.LibsndfileError, TypeError) as error:  # TypeError: a file named .raw
-            reason = getattr(error, "error_string", error)
-            raise UnusableAudio(
-                "unreadable",
-                f"{file} can't be read as a recording ({reason}): give wav, flac, mp3, ogg or opus, or "
-                f"with ffmpeg installed {', '.join(FFMPEG)}.",
-            ) from error
+            found = streams.find(content, path.suffix)
+        except UnusableAudio as error:
+            raise UnusableAudio(error.reason, f"{file}: {error}") from None
+        for pieces in found:
+            with contextlib.ExitStack() as stack:
+                try:
+                    whole = len(found) == 1 and isinstance(pieces[0], range) and len(pieces) == 1
+                    by_name = whole and "://" not in os.fspath(file)  # faster
+                    source = os.fspath(path) if by_name else streams.View(content, pieces)
+                    recording = stack.enter_context(soundfile.SoundFile(source))
+                    _check_length_known(file, recording)
+                except (soundfile.LibsndfileError, TypeError) as error:  # TypeError: a file named .raw
+                    reason = getattr(error, "error_string", str(error))
+                    wav = stack.enter_context(_converted(file, pieces, reason))
+                    recording = stack.enter_context(soundfile.SoundFile(wav))
+                yield recording
 
 
 @contextmanager
-def _converted(file: str) -> Iterator[str]:
-    """The same recording as a wav file, for as long as it is needed."""
+def _converted(file: str | os.PathLike, pieces: streams.Pieces, reason: str) -> Iterator[str]:
+    """A recording in a file as a wav file, for as long as it is needed, made by ffmpeg.
+
+    reason: why libsndfile can't read it.
+    """
+    if not shutil.which("ffmpeg") or "://" in os.fspath(file):
+        others = f"where ffmpeg is installed, local files such as {', '.join(FFMPEG)} are read as well"
+        raise _unreadable(file, reason, others)
     with tempfile.TemporaryDirectory() as folder:
         wav = os.path.join(folder, "converted.wav")
-        kind = FFMPEG[Path(file).suffix.lower()]
-        command = ["ffmpeg", "-nostdin", "-v", "error", "-f", kind, "-i", f"file:{file}", "-vn"]
-        command += ["-fs", str(LARGEST), wav]
-        done = subprocess.run(command, capture_output=True, text=True)
+        ranges = [piece for piece in pieces if isinstance(piece, range)]
+        part = f"subfile,,start,{ranges[0].start},end,{ranges[-1].stop},,:file:{file}"
+        # Neither playlists, which name other files, nor the network.
+        command = ["ffmpeg", "-nostdin", "-hide_banner", "-nostats", "-v", "level+info"]
+        command += ["-protocol_whitelist", "file,subfile", "-format_whitelist", DEMUXERS, "-i", part]
+        command += ["-vn", "-c:a", "pcm_s24le", "-fs", str(LARGEST), wav]
+        done = subprocess.run(command, capture_output=True, text=True, errors="replace")
+        errors = re.findall(r"\[(?:error|fatal|panic)\] (.*)", done.stderr)
         if done.returncode:
-            reason = (done.stderr.strip().splitlines() or ["no reason is given"])[-1]
-            raise UnusableAudio("unreadable", f"{file} can't be read by ffmpeg: {reason}")
+            why = errors[-1].rpartition(f"{file}: ")[2] if errors else "no reason is given"
+            raise _unreadable(file, f"{reason.rstrip('.')}; ffmpeg: {why}", "ffmpeg reads others")
+        if errors:  # of which it has left out a part
+            raise UnusableAudio("cut short", f"{file} can't be read to its end by ffmpeg: {errors[0]}")
         if os.path.getsize(wav) > LARGEST - (1 << 20):  # ffmpeg stops a little before, and says nothing
             raise UnusableAudio("too long", f"{file} has more than {LARGEST >> 30} GiB of audio: cut it.")
+        tracks = len(re.findall(r"Stream #0:.*: Audio:", done.stderr.partition("Output #0")[0]))
+        if tracks > 1:
+            warnings.warn(f"{file} has {tracks} audio tracks at once: one of them is heard.", stacklevel=2)
         yield wav
+
+
+def _unreadable(file: str | os.PathLike, reason: str, others: str) -> UnusableAudio:
+    return UnusableAudio(
+        "unreadable",
+        f"{file} can't be read as a recording ({reason}): give wav, flac, mp3, ogg or opus; {others}.",
+    )
 
 
 def _check_length_known(file: str | os.PathLike, recording: soundfile.SoundFile) -> None:
     if recording.frames >= 2**62:  # what libsndfile says of flac that was written into a pipe, and can't read
-        raise UnusableAudio("unreadable", f"{file} does not say how long it is: convert it once more.")
+        raise TypeError("it does not say how long it is")
     # libsndfile shortens a wav whose end is lost, and says so in its log alone.
     lost = re.search(r"^\s*data\s*: (\d+) \(should be (\d+)\)", recording.extra_info, re.M)
     # Who writes wav into a pipe does not know its length, and writes the largest number.
