@@ -13,7 +13,7 @@ import shutil
 import subprocess
 import tempfile
 import warnings
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -30,10 +30,12 @@ SAMPLE_RATE = 16_000
 BLOCK = 10.0  # seconds that are read at a time
 LARGEST = 3 << 30  # bytes of wav that ffmpeg may make of a file: small ones may be hours long
 
-SILENCE = 1e-4  # -80 dB: no recording of speech is so quiet
+SILENCE = 1e-6  # -120 dB, from the lowest to the highest: encoders hear nothing in it
+QUANTISATION = 2**-6  # two steps of 8 bits: what goes no further, and on three values, is no signal
 
 # Where `cut` cuts, in seconds: sentences end in a long pause; a word has none as long as a short one.
 LONG_PAUSE, SHORT_PAUSE, OVERLAP = 0.6, 0.15, 1.0
+HOP = SAMPLE_RATE // 200  # samples of which a level is measured
 
 # The usual endings of what ffmpeg has to read. It is tried whatever the ending is.
 FFMPEG = (".m4a", ".mp4", ".aac", ".webm", ".mka", ".wma", ".amr", ".3gp", ".mkv", ".mov", ".avi")
@@ -44,20 +46,30 @@ DEMUXERS = (
 )
 
 
-class DownmixWarning(UserWarning):
-    """Channels cancel each other, so that the loudest was taken in place of their mean."""
+class AudioWarning(UserWarning):
+    """A recording is heard, but not simply as it is. reason: the same for all of its kind."""
+
+    def __init__(self, reason: str, message: str):
+        super().__init__(message)
+        self.reason = reason
 
 
-def read(file: str | os.PathLike, offset: float = 0.0, seconds: float | None = None) -> np.ndarray:
+Warn = Callable[[AudioWarning], object]
+
+
+def read(
+    file: str | os.PathLike, offset: float = 0.0, seconds: float | None = None, warn: Warn = warnings.warn
+) -> np.ndarray:
     """A recording of any rate and any number of channels -> mono float32 [S] at 16 kHz, from -1 to 1.
 
     wav, flac, mp3, ogg and opus are read, local or on gs://, and with ffmpeg whatever else it reads; of them
     the part from `offset` on, in seconds, `seconds` long. A file may have several recordings, of different
     rates and channels, one after the other. Channels are averaged, but where they cancel each other the
-    loudest is taken, with a DownmixWarning. Raises FileNotFoundError, and UnusableAudio for what is no
-    recording, is cut short, ends before the part does, or can't be read to its end.
+    loudest is taken. warn: is told that, and of audio tracks that are not heard. Raises FileNotFoundError,
+    and UnusableAudio for what is no recording, is cut short, ends before the part does, or can't be read to
+    its end.
     """
-    parts = [(rate, list(blocks)) for rate, blocks in _parts(file, offset, seconds)]
+    parts = [(rate, list(blocks)) for rate, blocks in _parts(file, warn, offset, seconds)]
     waveforms = [_at_16_khz(np.concatenate(blocks), rate) for rate, blocks in parts if blocks]
     return np.concatenate(waveforms) if waveforms else np.zeros(0, np.float32)
 
@@ -65,13 +77,13 @@ def read(file: str | os.PathLike, offset: float = 0.0, seconds: float | None = N
 def resample(channels: np.ndarray, rate: int) -> np.ndarray:
     """Channels float32 [S, C] at a rate -> mono float32 [S] at 16 kHz, as `read` gives it."""
     mono, cancelled = _downmix(channels, rate)
-    _warn_of_cancelled("the waveform", cancelled / rate)
+    _warn_of_cancelled(warnings.warn, "the waveform", cancelled / rate)
     return _at_16_khz(mono, rate)
 
 
-def read_blocks(file: str | os.PathLike) -> Iterator[np.ndarray]:
+def read_blocks(file: str | os.PathLike, warn: Warn = warnings.warn) -> Iterator[np.ndarray]:
     """What `read` gives, a few seconds at a time: float32 [S] at 16 kHz. Raises and warns as `read` does."""
-    for rate, blocks in _parts(file):
+    for rate, blocks in _parts(file, warn):
         if rate == SAMPLE_RATE:
             yield from blocks
             continue
@@ -82,7 +94,7 @@ def read_blocks(file: str | os.PathLike) -> Iterator[np.ndarray]:
 
 
 def _parts(
-    file: str | os.PathLike, offset: float = 0.0, seconds: float | None = None
+    file: str | os.PathLike, warn: Warn, offset: float = 0.0, seconds: float | None = None
 ) -> Iterator[tuple[int, Iterator[np.ndarray]]]:
     """Of each recording in a file its rate, and its samples in blocks float32 [S], from `offset` on.
 
@@ -103,7 +115,7 @@ def _parts(
             cancelled += number / recording.samplerate
             yield mono
 
-    for recording in _recordings(file):
+    for recording in _recordings(file, warn):
         rate, frames = recording.samplerate, recording.frames
         begin = round((offset - before) * rate)
         end = frames if seconds is None else min(frames, begin + round(seconds * rate))
@@ -123,7 +135,7 @@ def _parts(
             f"{file} is cut short: the part from {offset:g} s to {wanted:g} s is asked for, but it is "
             f"{before:.2f} s long.",
         )
-    _warn_of_cancelled(file, cancelled)
+    _warn_of_cancelled(warn, file, cancelled)
 
 
 def _read(file: str | os.PathLike, recording: soundfile.SoundFile, number: int) -> np.ndarray:
@@ -149,14 +161,17 @@ def _downmix(channels: np.ndarray, rate: int) -> tuple[np.ndarray, int]:
     """Channels [S, C] -> their mean [S], or the loudest where they cancel; and of how many samples that is.
 
     They do where less than half of the power is left that the mean of independent channels has: neither
-    stereo of any usual kind nor a channel that is silent comes near it. It is decided anew for each second,
-    since recordings are put together of different parts.
+    stereo of any usual kind nor a channel that is silent comes near it. A second of nothing but quantisation
+    noise becomes silence. Both are decided anew for each second, since recordings are put together of
+    different parts.
     """
     mono = channels.mean(1)
     cancelled = 0
-    if channels.shape[1] > 1:
-        for start in range(0, len(channels), rate):
-            part = channels[start : start + rate]
+    for start in range(0, len(channels), rate):
+        part = channels[start : start + rate]
+        if np.ptp(part) <= QUANTISATION and len(np.unique(part)) <= 3:
+            mono[start : start + rate] = np.median(part)
+        elif part.shape[1] > 1:
             power = np.square(part, dtype=np.float64).mean(0)
             independent = power.sum() / power.size**2
             if np.square(mono[start : start + rate], dtype=np.float64).mean() < independent / 2:
@@ -167,12 +182,13 @@ def _downmix(channels: np.ndarray, rate: int) -> tuple[np.ndarray, int]:
     return mono, cancelled
 
 
-def _warn_of_cancelled(what: str | os.PathLike, seconds: float) -> None:
+def _warn_of_cancelled(warn: Warn, what: str | os.PathLike, seconds: float) -> None:
     if seconds:
-        warnings.warn(
-            f"{what}: its channels cancel each other in {seconds:.1f} s; the loudest was taken there.",
-            DownmixWarning,
-            stacklevel=3,
+        warn(
+            AudioWarning(
+                "channels cancel each other: the loudest is taken",
+                f"{what}: its channels cancel each other in {seconds:.1f} s: there the loudest is taken.",
+            )
         )
 
 
@@ -201,7 +217,7 @@ def cut(
     begins or ends, all but `margin` seconds.
     Raises UnusableAudio for a recording that is empty, too short, silent or not finite.
     """
-    blocks, buffer, start, total = iter(blocks), np.zeros(0, np.float32), 0, 0
+    blocks, buffer, start, total, loudest = iter(blocks), np.zeros(0, np.float32), 0, 0, -np.inf
     kept, ahead = round(margin * SAMPLE_RATE), round(LONG_PAUSE * SAMPLE_RATE)
     more, overlaps, found = True, False, False
     while more or buffer.size:
@@ -215,11 +231,15 @@ def cut(
         if not more and total <= max_samples:
             check(buffer, min_samples=min_samples, max_samples=max_samples)
             begin, end = _without_edges(buffer, kept)
+            if end - begin < min_samples:  # a click, say
+                begin, end = 0, total
             yield Window(begin, buffer[begin:end])
             return
         seen = buffer[: max_samples + ahead]
-        end, following = _place_to_cut(seen, max_samples, kept, last=not more and buffer.size <= max_samples)
-        if end and np.abs(buffer[:end]).max() >= SILENCE:
+        loudest = max(loudest, _loudness(seen))
+        last = not more and buffer.size <= max_samples
+        end, following = _place_to_cut(seen, max_samples, kept, loudest, last=last)
+        if end and np.ptp(buffer[:end]) >= SILENCE:
             waveform = np.pad(buffer[:end], (0, max(0, min_samples - end)))
             yield Window(start, waveform, overlaps)
             found = True
@@ -232,7 +252,7 @@ def cut(
 def _without_edges(waveform: np.ndarray, margin: int) -> tuple[int, int]:
     """Where a waveform float32 [S] begins and ends, without pauses at its edges but for `margin` samples."""
     begin, end = 0, len(waveform)
-    for pause in _pauses(waveform):
+    for pause in _pauses(waveform, _loudness(waveform)):
         if pause[0] == 0:
             begin = max(begin, pause[1] - margin)
         elif pause[1] == len(waveform):
@@ -240,14 +260,16 @@ def _without_edges(waveform: np.ndarray, margin: int) -> tuple[int, int]:
     return begin, end
 
 
-def _place_to_cut(seen: np.ndarray, max_samples: int, margin: int, *, last: bool) -> tuple[int, int]:
+def _place_to_cut(
+    seen: np.ndarray, max_samples: int, margin: int, loudest: float, *, last: bool
+) -> tuple[int, int]:
     """Where a window should end, and where the next one should begin, of what is seen float32 [S].
 
-    An end of 0 leaves out what is before the next one: a pause, but for its last `margin` samples. last:
-    nothing follows what is seen.
+    An end of 0 leaves out what is before the next one: a pause, but for its last `margin` samples. loudest:
+    the loudness of the recording so far. last: nothing follows what is seen.
     """
     size = min(len(seen), max_samples)
-    pauses = [pause for pause in _pauses(seen) if pause[0] < size]
+    pauses = [pause for pause in _pauses(seen, loudest) if pause[0] < size]
     if pauses and pauses[0][0] == 0 and pauses[0][1] > margin:
         return 0, size if last and pauses[0][1] == size else pauses[0][1] - margin
     for begin, end in pauses:
@@ -264,28 +286,41 @@ def _place_to_cut(seen: np.ndarray, max_samples: int, margin: int, *, last: bool
     return size, size - min(round(OVERLAP * SAMPLE_RATE), size // 4)
 
 
-def _pauses(window: np.ndarray) -> list[tuple[int, int]]:
-    """The stretches of a window float32 [S], in samples, in which it is quiet for SHORT_PAUSE or longer."""
-    hop = SAMPLE_RATE // 200
-    frames = window[: len(window) // hop * hop].reshape(-1, hop)
-    if not len(frames):
+def _levels(window: np.ndarray) -> np.ndarray:
+    """The levels of a window float32 [S], in dB, of every 5 ms. Of digital silence: -200."""
+    frames = window[: len(window) // HOP * HOP].reshape(-1, HOP)
+    return 10 * np.log10(np.square(frames - np.median(window), dtype=np.float64).mean(1) + 1e-20)
+
+
+def _loudness(window: np.ndarray) -> float:
+    """The level of what is loud in a window float32 [S], but for clicks, in dB."""
+    return float(np.percentile(_levels(window), 95)) if len(window) >= HOP else -np.inf
+
+
+def _pauses(window: np.ndarray, loudest: float) -> list[tuple[int, int]]:
+    """The stretches of a window float32 [S], in samples, in which it is quiet for SHORT_PAUSE or longer.
+
+    loudest: the loudness of its recording.
+    """
+    levels = _levels(window)
+    if not len(levels):
         return []
-    levels = 10 * np.log10(np.square(frames).mean(1) + 1e-9)  # dB
-    # Near what is quietest here, if that is much quieter than what is loud.
-    limit = max(min(np.percentile(levels, 10) + 10, np.percentile(levels, 95) - 20), -70)
+    # Near what is quietest here, if that is much quieter than what is loud; or next to nothing.
+    limit = min(np.percentile(levels, 10) + 10, np.percentile(levels, 95) - 20)
+    limit = max(limit, min(loudest - 50, -70), -190)
     edges = np.flatnonzero(np.diff(np.pad(levels < limit, 1).astype(np.int8)))
-    stretches = [(int(begin) * hop, int(end) * hop) for begin, end in edges.reshape(-1, 2)]
-    if stretches and stretches[-1][1] == len(frames) * hop:
+    stretches = [(int(begin) * HOP, int(end) * HOP) for begin, end in edges.reshape(-1, 2)]
+    if stretches and stretches[-1][1] == len(levels) * HOP:
         stretches[-1] = (stretches[-1][0], len(window))
     long = [pause for pause in stretches if pause[1] - pause[0] >= SHORT_PAUSE * SAMPLE_RATE]
-    return [_digital_silence(window, *pause, hop) for pause in long]
+    return [_digital_silence(window, *pause) for pause in long]
 
 
-def _digital_silence(window: np.ndarray, begin: int, end: int, hop: int) -> tuple[int, int]:
+def _digital_silence(window: np.ndarray, begin: int, end: int) -> tuple[int, int]:
     """The zeros in a pause, if they are most of it: an editor has put them there, and what is soft around
     them belongs to what is said."""
-    first = max(0, begin - hop)
-    edges = np.flatnonzero(np.diff(np.pad(window[first : end + hop] == 0, 1).astype(np.int8)))
+    first = max(0, begin - HOP)
+    edges = np.flatnonzero(np.diff(np.pad(window[first : end + HOP] == 0, 1).astype(np.int8)))
     runs = edges.reshape(-1, 2) + first
     longest = max(runs.tolist(), key=lambda run: run[1] - run[0], default=[begin, begin])
     return tuple(longest) if longest[1] - longest[0] > (end - begin) // 2 else (begin, end)
@@ -295,7 +330,8 @@ def count_samples(file: str | os.PathLike) -> int:
     """How many samples `read` gives of a file, by its headers, each recording's rounded up. Raises as `read`
     does."""
     return sum(
-        math.ceil(recording.frames * SAMPLE_RATE / recording.samplerate) for recording in _recordings(file)
+        math.ceil(recording.frames * SAMPLE_RATE / recording.samplerate)
+        for recording in _recordings(file, lambda warning: None)
     )
 
 
@@ -309,7 +345,7 @@ def check(waveform: np.ndarray, *, min_samples: int, max_samples: int) -> None:
         )
     if not np.isfinite(waveform).all():
         raise UnusableAudio("not finite", "it has samples that are not finite (NaN or infinity).")
-    if np.abs(waveform - waveform.mean()).max() < SILENCE:
+    if np.ptp(waveform) < SILENCE:
         raise UnusableAudio("silent", "it is silent.")
     check_length(len(waveform), max_samples)
 
@@ -331,7 +367,7 @@ def as_wav(samples: np.ndarray) -> str:
     return base64.b64encode(file.getvalue()).decode()
 
 
-def _recordings(file: str | os.PathLike) -> Iterator[soundfile.SoundFile]:
+def _recordings(file: str | os.PathLike, warn: Warn) -> Iterator[soundfile.SoundFile]:
     """The recordings in a file, one after the other, each open until the next is asked for."""
     path = epath.Path(file)
     if not path.exists():
@@ -353,13 +389,13 @@ def _recordings(file: str | os.PathLike) -> Iterator[soundfile.SoundFile]:
                     _check_length_known(file, recording)
                 except (soundfile.LibsndfileError, TypeError) as error:  # TypeError: a file named .raw
                     reason = getattr(error, "error_string", str(error))
-                    wav = stack.enter_context(_converted(file, pieces, reason))
+                    wav = stack.enter_context(_converted(file, pieces, reason, warn))
                     recording = stack.enter_context(soundfile.SoundFile(wav))
                 yield recording
 
 
 @contextmanager
-def _converted(file: str | os.PathLike, pieces: streams.Pieces, reason: str) -> Iterator[str]:
+def _converted(file: str | os.PathLike, pieces: streams.Pieces, reason: str, warn: Warn) -> Iterator[str]:
     """A recording in a file as a wav file, for as long as it is needed, made by ffmpeg.
 
     reason: why libsndfile can't read it.
@@ -386,7 +422,8 @@ def _converted(file: str | os.PathLike, pieces: streams.Pieces, reason: str) -> 
             raise UnusableAudio("too long", f"{file} has more than {LARGEST >> 30} GiB of audio: cut it.")
         tracks = len(re.findall(r"Stream #0:.*: Audio:", done.stderr.partition("Output #0")[0]))
         if tracks > 1:
-            warnings.warn(f"{file} has {tracks} audio tracks at once: one of them is heard.", stacklevel=2)
+            reason = "several audio tracks at once: one is heard"
+            warn(AudioWarning(reason, f"{file} has {tracks} audio tracks at once: one of them is heard."))
         yield wav
 
 

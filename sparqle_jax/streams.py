@@ -126,6 +126,7 @@ _STARTS = [
         rb"Creative Voice File\x1a",
         rb"PVF1\n",
         rb"#!AMR(-WB)?\n",
+        rb"FLV\x01.\x00\x00\x00\x09\x00\x00\x00\x00",
         rb"\x30\x26\xb2\x75\x8e\x66\xcf\x11\xa6\xd9\x00\xaa\x00\x62\xce\x6c",  # asf: wma
         rb"\x1a\x45\xdf\xa3.{1,60}?\x42\x82.(webm|matroska)",
     )
@@ -164,8 +165,8 @@ def _check_rest(bytes_at: _Bytes, start: int, end: int) -> None:
     if end - start > UNKNOWN:
         raise UnusableAudio(
             "cut short",
-            f"only a part of it can be read: {end - start} of its {bytes_at.size} bytes, from byte {start} on, "
-            "are not of its format, or not in what its header declares. Cut them off, or convert it once more.",
+            f"only a part of it can be read: {end - start} of its {bytes_at.size} bytes, from byte {start} "
+            "on, are not of its format, or more than its header declares: cut them off, or convert it.",
         )
 
 
@@ -239,21 +240,23 @@ def _chunked(bytes_at: _Bytes, start: int) -> Iterator[Pieces]:
                 if kind[1] == b"RF64" and size == 0xFFFFFFFF and 0 < long_size < 2**62:
                     size = long_size
                 elif _never_written(size) and not (
-                    _chunks_to_the_end(bytes_at, place + 8, order)
-                    or 0 < size <= bytes_at.size - place - 8
+                    _chunks_to_the_end(bytes_at, place + 8, order) or 0 < size <= bytes_at.size - place - 8
                 ):
                     # To the end of the file, says the largest number.
                     name, unknown = b"RIFX" if kind[1] == b"RIFX" else b"RIFF", b"\xff" * 4
                     before = range(start + 8, place + 4)
                     yield [name + unknown, before, unknown, range(place + 8, bytes_at.size)]
                     return
+            if place + 8 + size > bytes_at.size and not head.startswith((b"data", b"SSND", b"BODY")):
+                break
             place += 8 + size
             # Chunks begin at even places. Not all programs know.
             if size % 2 and not (_NAME.match(bytes_at(place, 4)) and not _NAME.match(bytes_at(place + 1, 4))):
                 place += 1
         place = min(place, bytes_at.size)
         if not _CHUNKED.match(bytes_at(place, 12)):
-            _check_rest(bytes_at, place, bytes_at.size)
+            if kind[2] != b"AVI ":  # whose sizes ffmpeg does not need
+                _check_rest(bytes_at, place, bytes_at.size)
             place = bytes_at.size
         yield [range(start, place)]
         start = place
@@ -304,9 +307,10 @@ class _Frame:
     @property
     def info(self) -> int:
         """Where in it the number of frames may be."""
-        return 4 + {(True, 2): 32, (True, 1): 17, (False, 2): 17, (False, 1): 9}[
-            self.version == 3, self.channels
-        ]
+        return (
+            4
+            + {(True, 2): 32, (True, 1): 17, (False, 2): 17, (False, 1): 9}[self.version == 3, self.channels]
+        )
 
     def continues(self, other: "_Frame") -> bool:
         return (self.version, self.layer, self.rate, self.channels) == (
@@ -356,8 +360,8 @@ class _Track:
         if self.declared is not None and (self.declared - self.number) * seconds > CUT_TOLERANCE:
             raise UnusableAudio(
                 "cut short",
-                f"it is cut short: its header declares {self.declared} frames "
-                f"({self.declared * seconds:.1f} s), but it has {self.number} ({self.number * seconds:.1f} s).",
+                f"it is cut short: its header declares {self.declared} frames, "
+                f"{self.declared * seconds:.1f} s, but it has {self.number}, {self.number * seconds:.1f} s.",
             )
         if self.header is not None and self.declared == self.number:
             return [_TAG, self.header, *self.runs]
@@ -390,9 +394,7 @@ def _mpeg(bytes_at: _Bytes, place: int) -> list[Pieces]:
             after = _after_tags(bytes_at, place)
             if after == place:
                 after = bytes_at.find(sync, place + 1)
-                while after < bytes_at.size and not (
-                    (frame := frame_at(after)) and confirmed(after, frame)
-                ):
+                while after < bytes_at.size and not ((frame := frame_at(after)) and confirmed(after, frame)):
                     if bytes_at(after, 3) == b"ID3":
                         break
                     after = bytes_at.find(sync, after + 1)
