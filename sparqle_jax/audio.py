@@ -5,6 +5,7 @@ import base64
 import contextlib
 import dataclasses
 import io
+import itertools
 import json
 import math
 import os
@@ -82,15 +83,22 @@ def resample(channels: np.ndarray, rate: int) -> np.ndarray:
 
 
 def read_blocks(file: str | os.PathLike, warn: Warn = warnings.warn) -> Iterator[np.ndarray]:
-    """What `read` gives, a few seconds at a time: float32 [S] at 16 kHz. Raises and warns as `read` does."""
-    for rate, blocks in _parts(file, warn):
+    """What `read` gives, a few seconds at a time: float32 [S] at 16 kHz. Raises and warns as `read` does.
+
+    An empty block stands between two recordings of a file.
+    """
+    for number, (rate, blocks) in enumerate(_parts(file, warn)):
+        if number:
+            yield np.zeros(0, np.float32)
         if rate == SAMPLE_RATE:
             yield from blocks
             continue
         resampler = soxr.ResampleStream(rate, SAMPLE_RATE, 1, "float32")
         for block in blocks:
-            yield resampler.resample_chunk(block)
-        yield resampler.resample_chunk(np.zeros(0, np.float32), last=True)
+            if len(resampled := resampler.resample_chunk(block)):
+                yield resampled
+        if len(resampled := resampler.resample_chunk(np.zeros(0, np.float32), last=True)):
+            yield resampled
 
 
 def _parts(
@@ -213,11 +221,41 @@ def cut(
     """A recording, in blocks float32 [S] at 16 kHz, as windows of at most `max_samples`.
 
     One that is no longer is one window. Others are cut in long pauses, else in a short one in the second half
-    of what fits, else at its end, with an overlap. What is left out is silence alone: of pauses in which one
-    begins or ends, all but `margin` seconds.
+    of what fits, else at its end, with an overlap; and where a block is empty, since another recording begins
+    there. What is left out is silence alone: of pauses in which one begins or ends, all but `margin` seconds.
     Raises UnusableAudio for a recording that is empty, too short, silent or not finite.
     """
-    blocks, buffer, start, total, loudest = iter(blocks), np.zeros(0, np.float32), 0, 0, -np.inf
+    start, found, faults = 0, False, []
+
+    def counted(part: Iterable[np.ndarray]) -> Iterator[np.ndarray]:
+        nonlocal start
+        for block in part:
+            start += len(block)
+            yield block
+
+    for seam, part in itertools.groupby(blocks, lambda block: not len(block)):
+        if seam:
+            continue
+        before = start
+        try:
+            for window in _cut_one(counted(part), max_samples, margin, min_samples):
+                yield dataclasses.replace(window, start=before + window.start)
+                found = True
+        except UnusableAudio as error:
+            if error.reason == "not finite":
+                raise
+            faults.append(error)  # of one that may be silence between others
+    if faults and not found:
+        raise faults[0]
+    if not found:
+        check(np.zeros(0, np.float32), min_samples=min_samples, max_samples=max_samples)
+
+
+def _cut_one(
+    blocks: Iterator[np.ndarray], max_samples: int, margin: float, min_samples: int
+) -> Iterator[Window]:
+    """`cut` for one recording, without seams."""
+    buffer, start, total, loudest = np.zeros(0, np.float32), 0, 0, -np.inf
     kept, ahead = round(margin * SAMPLE_RATE), round(LONG_PAUSE * SAMPLE_RATE)
     more, overlaps, found = True, False, False
     while more or buffer.size:

@@ -192,6 +192,21 @@ class TestCut:
             covered[window.start : end] = True
         assert np.abs(waveform[~covered]).max(initial=0) == 0
 
+    @pytest.mark.parametrize("seconds", [3, 1])
+    def test_no_window_goes_over_a_seam(self, seconds):
+        """An empty block. Silence between two seams is left out."""
+        seam, parts = silence(0), [noise(0.5, 1), silence(0.7), noise(2.2, 2), noise(0.9, 3)]
+        blocks = [parts[0][:4000], parts[0][4000:], seam, parts[1], seam, parts[2], seam, seam, parts[3]]
+        windows = list(audio.cut(blocks, seconds * RATE))
+        waveform, starts = np.concatenate(parts), np.cumsum([0, *map(len, parts)])
+        ends = [window.start + len(window.waveform) for window in windows]
+        for window, end in zip(windows, ends, strict=True):
+            np.testing.assert_array_equal(window.waveform, waveform[window.start : end])
+            assert not any(window.start < seam < end for seam in starts)
+        assert {starts[0], starts[2], starts[3]} <= {window.start for window in windows}
+        assert {starts[1], starts[3], starts[4]} <= set(ends)
+        assert not any(window.overlaps for window in windows if window.start in starts)
+
     def test_what_can_not_be_heard(self):
         for waveform, message in (
             (silence(0), "0 samples"),
