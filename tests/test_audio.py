@@ -3,6 +3,8 @@ import tracemalloc
 import numpy as np
 import pytest
 import soundfile
+from hypothesis import assume, given, settings
+from hypothesis import strategies as st
 
 from sparqle_jax import audio
 
@@ -50,9 +52,11 @@ class TestRead:
         assert audio.read(tmp_path / "empty.wav").shape == (0,)
 
     def test_no_recording(self, tmp_path):
-        (tmp_path / "text.wav").write_text("hello")
-        with pytest.raises(ValueError, match=r"text.wav can't be read as a recording .*: give wav, flac"):
-            audio.read(tmp_path / "text.wav")
+        for ending in ("wav", "mp3", "au", "raw", "vox"):
+            (tmp_path / f"text.{ending}").write_text("hello" * 100)
+            match = rf"text.{ending} can't be read as a recording .*: give wav, flac"
+            with pytest.raises(ValueError, match=match):
+                audio.read(tmp_path / f"text.{ending}")
         with pytest.raises(FileNotFoundError, match=r"absent.wav does not exist"):
             audio.read(tmp_path / "absent.wav")
 
@@ -152,6 +156,21 @@ class TestCut:
             covered[window.start : end] = True
         assert np.abs(waveform[~covered]).max(initial=0) == 0
 
+    @pytest.mark.parametrize("seconds", [3, 1])
+    def test_no_window_goes_over_a_seam(self, seconds):
+        """An empty block. Silence between two seams is left out."""
+        seam, parts = silence(0), [noise(0.5, 1), silence(0.7), noise(2.2, 2), noise(0.9, 3)]
+        blocks = [parts[0][:4000], parts[0][4000:], seam, parts[1], seam, parts[2], seam, seam, parts[3]]
+        windows = list(audio.cut(blocks, seconds * RATE))
+        waveform, starts = np.concatenate(parts), np.cumsum([0, *map(len, parts)])
+        ends = [window.start + len(window.waveform) for window in windows]
+        for window, end in zip(windows, ends, strict=True):
+            np.testing.assert_array_equal(window.waveform, waveform[window.start : end])
+            assert not any(window.start < seam < end for seam in starts)
+        assert {starts[0], starts[2], starts[3]} <= {window.start for window in windows}
+        assert {starts[1], starts[3], starts[4]} <= set(ends)
+        assert not any(window.overlaps for window in windows if window.start in starts)
+
     def test_what_can_not_be_heard(self):
         for waveform, message in (
             (silence(0), "0 samples"),
@@ -179,19 +198,142 @@ def test_blocks_are_the_recording(tmp_path, rate, channels, monkeypatch):
 
 
 def test_other_formats_are_read_by_ffmpeg_where_it_is(tmp_path, monkeypatch):
-    """By a stand-in, which says how it was called and gives the recording back as wav."""
+    """By a stand-in, which says how it was called and gives a recording as wav."""
     soundfile.write(tmp_path / "plain.wav", noise(1), RATE)
-    (tmp_path / "plain.wav").rename(tmp_path / "talk.m4a")
+    (tmp_path / "talk.xyz").write_bytes(b"what libsndfile does not know")
     (tmp_path / "bin").mkdir()
     program = tmp_path / "bin" / "ffmpeg"
-    program.write_text('#!/bin/sh\necho "$@" > "$(dirname "$0")/called"\ncp "${7#file:}" "${11}"\n')
+    program.write_text(
+        '#!/bin/sh\necho "$@" > "$(dirname "$0")/called"\n'
+        f'for last; do :; done\ncp {tmp_path}/plain.wav "$last"\n'
+    )
     program.chmod(0o755)
     monkeypatch.setenv("PATH", f"{tmp_path / 'bin'}:/usr/bin:/bin")
-    np.testing.assert_allclose(audio.read(tmp_path / "talk.m4a"), noise(1), atol=1e-4)
-    assert (tmp_path / "bin" / "called").read_text().startswith("-nostdin -v error -f mov -i file:")
-    program.write_text("#!/bin/sh\necho some words >&2\necho moov atom not found >&2\nexit 1\n")
-    with pytest.raises(audio.UnusableAudio, match=r"talk.m4a can't be read by ffmpeg: moov atom not found"):
-        audio.read(tmp_path / "talk.m4a")
+    np.testing.assert_allclose(audio.read(tmp_path / "talk.xyz"), noise(1), atol=1e-4)
+    called = (tmp_path / "bin" / "called").read_text()
+    assert "-protocol_whitelist file,subfile -format_whitelist " in called
+    assert f"-i subfile,,start,0,end,29,,:file:{tmp_path}/talk.xyz -vn" in called
+
+    def fails(shell: str, match: str) -> None:
+        program.write_text(f"#!/bin/sh\n{shell}\n")
+        with pytest.raises(audio.UnusableAudio, match=match):
+            audio.read(tmp_path / "talk.xyz")
+
+    both = r"talk.xyz can't be read as a recording \(Format not recognised; ffmpeg: moov atom not found\)"
+    fails("echo '[info] words' >&2; echo '[mov @ 0x1] [error] moov atom not found' >&2; exit 1", both)
+    for_last = f'for last; do :; done; cp {tmp_path}/plain.wav "$last"'
+    fails(f"{for_last}; echo '[error] partial file' >&2", "can't be read to its end by ffmpeg: partial file")
+    monkeypatch.setenv("PATH", str(tmp_path / "nothing"))
+    with pytest.raises(audio.UnusableAudio, match=r"where ffmpeg is installed, local files such as .m4a"):
+        audio.read(tmp_path / "talk.xyz")
+
+
+def cancelling(seconds: float) -> np.ndarray:
+    left = noise(seconds, 5)
+    return np.stack([left, -0.8 * left], 1)
+
+
+class TestDownmix:
+    """Channels that cancel each other, in whole or for a while: the loudest is heard, and it is said."""
+
+    def heard(self, tmp_path, channels) -> tuple[np.ndarray, list[str]]:
+        file = tmp_path / "stereo.wav"
+        soundfile.write(file, channels, RATE, subtype="FLOAT")
+        said: list[audio.AudioWarning] = []
+        waveform = audio.read(file, warn=said.append)
+        again: list[audio.AudioWarning] = []
+        np.testing.assert_array_equal(np.concatenate(list(audio.read_blocks(file, again.append))), waveform)
+        assert list(map(str, again)) == list(map(str, said))
+        return waveform, [str(warning) for warning in said]
+
+    def test_opposite_phase(self, tmp_path):
+        channels = np.stack([noise(3), -noise(3)], 1)
+        waveform, said = self.heard(tmp_path, channels)
+        np.testing.assert_array_equal(waveform, noise(3))
+        assert len(said) == 1
+        assert "stereo.wav: its channels cancel each other in 3.0 s: there the loudest is taken" in said[0]
+
+    def test_where_it_is_only_for_a_while(self, tmp_path):
+        usual = np.stack([noise(11, 1), noise(11, 2)], 1)
+        waveform, said = self.heard(tmp_path, np.concatenate([usual, cancelling(3), usual]))
+        np.testing.assert_allclose(waveform[: 11 * RATE], usual.mean(1), atol=1e-7)
+        np.testing.assert_array_equal(waveform[11 * RATE : 14 * RATE], noise(3, 5))
+        np.testing.assert_allclose(waveform[14 * RATE :], usual.mean(1), atol=1e-7)
+        assert "in 3.0 s" in said[0]
+
+    @pytest.mark.parametrize(
+        "channels",
+        [
+            np.stack([noise(2, 1), noise(2, 2)], 1),
+            np.stack([noise(2), 0 * noise(2)], 1),
+            np.stack([0 * noise(2)] * 5 + [noise(2)], 1),
+            np.stack([noise(2), noise(2)], 1),
+            np.stack([noise(2), -0.1 * noise(2)], 1),
+            np.stack([noise(2, i) for i in range(8)], 1),
+        ],
+        ids=["independent", "one silent", "five silent", "the same", "a faint echo", "eight"],
+    )
+    def test_usual_channels_are_averaged(self, tmp_path, channels):
+        waveform, said = self.heard(tmp_path, channels)
+        np.testing.assert_allclose(waveform, channels.mean(1), atol=1e-7)
+        assert not said
+
+    def test_waveforms_as_well(self):
+        with pytest.warns(audio.AudioWarning, match="the waveform: its channels cancel each other in 1.0 s"):
+            np.testing.assert_array_equal(audio.resample(cancelling(1), RATE), noise(1, 5))
+
+
+class TestLevels:
+    """Levels are those of the recording: what is quiet throughout is heard like what is loud."""
+
+    @pytest.mark.parametrize("level", [1.0, 1e-2, 1e-3, 1e-4])
+    @pytest.mark.parametrize("seconds", [3, 60])
+    def test_a_quiet_recording_is_cut_like_a_loud_one(self, level, seconds):
+        rng = np.random.default_rng(0)
+        parts = [part for i in range(12) for part in (noise(rng.uniform(0.3, 1.5), i), silence(0.8))]
+        waveform = np.concatenate(parts)
+        loud, quiet = cut(waveform, seconds), cut(level * waveform, seconds)
+        assert [w.seconds for w in quiet] == [w.seconds for w in loud]
+        np.testing.assert_allclose(quiet[-1].waveform, level * loud[-1].waveform, rtol=1e-5)
+
+    @settings(max_examples=200, deadline=None)
+    @given(
+        parts=st.lists(st.tuples(st.floats(0, 2), st.floats(-120, 0)), min_size=1, max_size=8),
+        offset=st.sampled_from([0.0, 0.0, 1e-4, 0.1, -0.5]),
+        level=st.sampled_from([1.0, 1e-2, 1e-4]),
+        seconds=st.sampled_from([0.5, 3.0, 30.0]),
+        margin=st.sampled_from([0.0, 0.25]),
+    )
+    def test_windows_are_never_empty_and_hold_what_is_loud(self, parts, offset, level, seconds, margin):
+        pieces = [noise(length, i) * 10 ** (db / 20) for i, (length, db) in enumerate(parts)]
+        waveform = (level * np.concatenate(pieces) + offset).astype(np.float32)
+        height = np.ptp(waveform) if len(waveform) else 0
+        assume(not 0 < height < 10 * audio.SILENCE)  # some windows would be silent, some not
+        if len(waveform) < 400 or not height:
+            with pytest.raises(audio.UnusableAudio, match=r"samples|silent"):
+                cut(waveform, seconds, margin=margin)
+            return
+        covered = np.zeros(len(waveform), bool)
+        for window in cut(waveform, seconds, margin=margin):
+            assert 400 <= len(window.waveform) <= seconds * RATE
+            covered[window.start : window.start + len(window.waveform)] = True
+        deviation = np.abs(waveform - np.median(waveform))
+        assert covered[deviation > deviation.max() / 2].mean() > 0.9
+
+    @pytest.mark.parametrize(("rate", "subtype"), [(16_000, "PCM_16"), (44_100, "PCM_16"), (8_000, "PCM_24")])
+    def test_quantisation_noise_is_silence(self, tmp_path, rate, subtype):
+        bits = int(subtype[-2:])
+        dither = np.random.default_rng(0).integers(-1, 2, (2 * rate, 2)) / 2 ** (bits - 1)
+        soundfile.write(tmp_path / "a.wav", dither, rate, subtype=subtype)
+        with pytest.raises(audio.UnusableAudio, match="silent"):
+            list(audio.cut(audio.read_blocks(tmp_path / "a.wav"), 3 * RATE))
+
+    def test_a_click_is_not_cut_to_nothing(self):
+        click = np.zeros(2 * RATE, np.float32)
+        click[-1] = 1.0
+        (window,) = cut(click, 3, margin=0.0)
+        assert len(window.waveform) >= 400
+        assert window.waveform.max() == 1.0
 
 
 def test_memory_does_not_grow_with_the_length_of_a_recording(tmp_path):

@@ -14,7 +14,7 @@ import os
 import shlex
 import tempfile
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from types import ModuleType
 
@@ -32,8 +32,10 @@ from sparqle_jax.data import dataset
 from sparqle_jax.data.sources import Record, Rejection, Source, checked
 
 REJECTED = "rejected.jsonl"
+WARNINGS = "warnings.json"
 # By how much the length that a source declares may differ, in seconds: padding of mp3, rounding.
 DECLARED_TOLERANCE = 0.5
+QUIETEST = 6  # steps of 16 bits from the lowest to the highest sample: dither has as many
 
 
 @dataclasses.dataclass(frozen=True)
@@ -63,8 +65,8 @@ def num_shards(num_records: int) -> int:
 class WriteShard:
     """Reads the recordings of a shard and writes what can be used of them.
 
-    folder: of the data set. files: of its shards. Leaves, beside the shard, its part of the index and its
-    rejections; the former last, so that it marks a shard that is done.
+    folder: of the data set. files: of its shards. Leaves, beside the shard, its part of the index, its
+    rejections, and how often which warning was given; the index last, so that it marks a shard that is done.
     """
 
     folder: str
@@ -76,16 +78,18 @@ class WriteShard:
     def __call__(self, shard: Shard) -> int:
         features = dataset.features(self.languages)
         serializer = example_serializer.ExampleSerializer(features.get_serialized_info())
-        rows, rejections = [], []
+        rows, rejections, warnings = [], [], collections.Counter()
         with self._local(self.files[shard.number]) as file:
             # Compressed, speech would be a fifth smaller, but reading it would take half as long again.
             writer = ArrayRecordWriter(file, "group_size:1,uncompressed")
             for record in self._records(shard):
+                said: list[audio.AudioWarning] = []
                 try:
-                    samples = read_samples(record, self.limits)
+                    samples = read_samples(record, self.limits, said.append)
                 except audio.UnusableAudio as error:
                     rejections.append(Rejection(record.line, record.id, error.reason, str(error)))
                     continue
+                warnings.update({warning.reason for warning in said})
                 row = record.model_dump(include={"id", "text", "translations", "language", "speaker"})
                 duration = np.float32(len(samples) / audio.SAMPLE_RATE)
                 example = features.encode_example(row | {"audio": samples, "duration": duration})
@@ -94,6 +98,7 @@ class WriteShard:
                 rows.append(row | {"num_samples": len(samples), "samples_hash": digest})
             writer.close()
         (epath.Path(self.folder) / f"{REJECTED}-{shard.number}").write_text(_lines(rejections))
+        (epath.Path(self.folder) / f"{WARNINGS}-{shard.number}").write_text(json.dumps(warnings))
         table = pyarrow.Table.from_pylist(rows, dataset.index_schema(self.languages))
         sink = pyarrow.BufferOutputStream()
         with pyarrow.ipc.new_file(sink, table.schema) as out:
@@ -124,13 +129,13 @@ class WriteShard:
             local.copy(file, overwrite=True)
 
 
-def read_samples(record: Record, limits: Limits) -> np.ndarray:
+def read_samples(record: Record, limits: Limits, warn: Callable[[audio.AudioWarning], object]) -> np.ndarray:
     """The recording of a record as int16 [S] at 16 kHz. Raises UnusableAudio with the reason."""
     max_samples = round(limits.max_seconds * audio.SAMPLE_RATE)
     try:
         if record.seconds is None:  # before hours of it are decoded
             audio.check_length(audio.count_samples(record.audio), max_samples)
-        waveform = audio.read(record.audio, record.offset, record.seconds)
+        waveform = audio.read(record.audio, record.offset, record.seconds, warn)
     except audio.UnusableAudio:
         raise
     except FileNotFoundError as error:
@@ -144,7 +149,13 @@ def read_samples(record: Record, limits: Limits) -> np.ndarray:
         raise audio.UnusableAudio(
             "not as long as declared", f"declared {record.declared:.2f} s, it has {seconds:.2f} s"
         )
-    return np.clip(np.round(waveform * 32768), -32768, 32767).astype(np.int16)
+    samples = np.clip(np.round(waveform * 32768), -32768, 32767).astype(np.int16)
+    if int(samples.max()) - int(samples.min()) <= QUIETEST:
+        raise audio.UnusableAudio(
+            "silent",
+            "it is so quiet that 16 bits, in which data sets are kept, hold nothing of it: amplify it.",
+        )
+    return samples
 
 
 class SpeechBuilder(FileReaderBuilder):
@@ -235,9 +246,16 @@ class SpeechBuilder(FileReaderBuilder):
         for part in parts:
             lines += part.read_text().splitlines()
             part.unlink()
+        warnings = collections.Counter()
+        for i in range(num_shards):
+            part = folder / f"{WARNINGS}-{i}"
+            warnings.update(json.loads(part.read_text()))
+            part.unlink()
         text = "".join(line + "\n" for line in lines)
         reasons = collections.Counter(json.loads(line)["reason"] for line in lines)
         print(f"{total:>9} records\n{total - len(lines):>9} usable")
+        for reason, number in warnings.most_common():
+            print(f"{number:>9} usable, but: {reason}")
         for reason, number in reasons.most_common():
             print(f"{number:>9} rejected: {reason}")
         if len(lines) > self.limits.max_rejected * total or len(lines) == total:
