@@ -125,6 +125,8 @@ class Stage1Config(StageConfig):
 class Stage2Config(StageConfig):
     """The adapter learns to speak to the frozen LLM.
 
+    tasks: an utterance draws one of those that it has an answer to, by these weights; one that has none is
+    not used. Where not all are translated, translation is thus drawn less often than its weight says.
     remat: what the LLM's backward pass computes again instead of keeping: nothing (null), all but matrix
     products ("dots"), or everything ("full"). lora: low-rank changes of the LLM, which train beside the
     adapter.
@@ -176,7 +178,7 @@ class DataConfig(Model):
     size is a multiple of it; mesh.data * mesh.fsdp (times the accumulate of the stages) must divide it.
     max_text_tokens: to which texts are padded; None counts the tokens of all before the first step. workers:
     processes of each host that read; 0 reads in threads. skip_corrupt: a record that can't be read is
-    counted and replaced by another of its batch, and not an error.
+    counted and replaced by another of its batch, the same on any number of hosts, and not an error.
 
     frames: a folder for what the frozen encoder makes of the training data, float16, 100 * width bytes for
     each second: computed before the first step, once for all runs; None: the encoder hears each batch as it

@@ -44,7 +44,7 @@ from sparqle_jax import assemble, audio, commands, flops, hosts, pretrained, pro
 from sparqle_jax.aligner import Aligner
 from sparqle_jax.checkpoint import CheckpointError, Checkpoints, differences, fingerprint
 from sparqle_jax.chips import chip_of
-from sparqle_jax.config import Config, OptimConfig, StageConfig, read_config
+from sparqle_jax.config import Config, OptimConfig, Stage1Config, StageConfig, read_config
 from sparqle_jax.data.dataset import Corpus, CorruptRecord, DataSet
 from sparqle_jax.data.frames import keep_frames
 from sparqle_jax.data.pipeline import (
@@ -56,6 +56,7 @@ from sparqle_jax.data.pipeline import (
     Waveforms,
     batches,
     check_tasks,
+    have_any,
 )
 from sparqle_jax.data.plan import Batch, Plan, choose_buckets
 from sparqle_jax.evaluate import evaluate, table
@@ -624,7 +625,7 @@ class Run:
             vocab_size = self.llm.config.vocab_size
             self.prompter = prompts.Prompter.from_folder(config.llm, vocab_size)
             self.identity["llm tokenizer and template"] = prompts.fingerprint(self.prompter.tokenizer)
-            tasks = [one.tasks or config.stage2.tasks for one in config.data.train.values()]
+            tasks = _tasks(config)
 
             def instructed(speech: Waveforms, plan: Plan) -> InstructionExamples:
                 training = speech.corpus is corpus
@@ -674,6 +675,7 @@ class Run:
         make_examples: Callable[[Waveforms, Plan], AlignmentExamples | InstructionExamples],
     ) -> None:
         plan = make_plan(self.config, speech.corpus, config)
+        _say_counts(self.config, speech.corpus, name, config)
         parts = batch_parts(self.mesh)
         needed = parts * config.accumulate
         for bucket in plan.buckets:
@@ -685,7 +687,13 @@ class Run:
                 )
         tests = {}
         for test, waveforms in test_speech.items():
-            test_plan = _test_plan(waveforms, config.batch_size, parts, test)
+            (data_set,) = waveforms.corpus.data_sets
+            tasks = None if name == "stage1" else _tasks_of(waveforms.corpus, config.tasks)
+            used = data_set.has_speech if tasks is None else have_any(data_set, tasks)
+            if not used.any():
+                hosts.say(f"{name}: in data.test.{test} nobody speaks: it has no part in the loss.")
+                continue
+            test_plan = _test_plan(waveforms, used, config.batch_size, parts, test)
             tests[test] = (make_examples(waveforms, test_plan), test_plan)
         self.stages.append(Stage(name, config, make_examples(speech, plan), plan, tests))
 
@@ -744,17 +752,55 @@ class Run:
         )
 
 
+def _tasks(config: Config) -> list[dict[str, float]]:
+    """The tasks of stage 2 for each training set, by weight."""
+    return [one.tasks or config.stage2.tasks for one in config.data.train.values()]
+
+
 def _tasks_of(corpus: Corpus, tasks: dict[str, float]) -> dict[str, float]:
     """Those of the tasks that a test set has answers to."""
     there = (TRANSCRIBE, *corpus.data_sets[0].languages)
     return {task: weight for task, weight in tasks.items() if task in there} or {TRANSCRIBE: 1.0}
 
 
+def _used(config: Config, corpus: Corpus, stage: StageConfig) -> list[np.ndarray]:
+    """bool [N] for each training set: which of its utterances a stage trains on.
+
+    In stage 1 those in which somebody speaks, in stage 2 those that have an answer to one of its tasks.
+    Raises ValueError for a set in which there are none, and for a task that none of a set has.
+    """
+    if isinstance(stage, Stage1Config):
+        used = [data_set.has_speech for data_set in corpus.data_sets]
+        for data_set, some in zip(corpus.data_sets, used, strict=True):
+            if not some.any():
+                raise ValueError(
+                    f"in no recording of {data_set.folder} anybody speaks: stage 1 can't use it."
+                )
+        return used
+    for data_set, tasks in zip(corpus.data_sets, _tasks(config), strict=True):
+        check_tasks(data_set, tasks)
+    return [
+        have_any(data_set, tasks) for data_set, tasks in zip(corpus.data_sets, _tasks(config), strict=True)
+    ]
+
+
+def _say_counts(config: Config, corpus: Corpus, name: str, stage: StageConfig) -> None:
+    """Prints how many utterances of each training set a stage can use, and for which task."""
+    used = _used(config, corpus, stage)
+    tasks = [{TRANSCRIBE: 1.0}] * len(used) if isinstance(stage, Stage1Config) else _tasks(config)
+    for key, data_set, some, asked in zip(config.data.train, corpus.data_sets, used, tasks, strict=True):
+        counts = ", ".join(f"{task} {int((some & data_set.has(task)).sum())}" for task in asked)
+        out = len(some) - int(some.sum())
+        left_out = f"; {out} have {'no text' if name == 'stage1' else 'none of these'} and are left out"
+        hosts.say(f"{name}: data.train.{key} has {len(some)} utterances: {counts}{left_out if out else ''}")
+
+
 def make_plan(config: Config, corpus: Corpus, stage: StageConfig) -> Plan:
-    """The batches of a stage. Raises ValueError as `Plan` does."""
+    """The batches of a stage. Raises ValueError as `Plan` does, and for a task that a data set lacks."""
     buckets = config.data.buckets
+    used = np.concatenate(_used(config, corpus, stage))
     lengths = (
-        choose_buckets(corpus.num_samples, buckets)
+        choose_buckets(corpus.num_samples[used], buckets)
         if isinstance(buckets, int)
         else [round(seconds * audio.SAMPLE_RATE) for seconds in buckets]
     )
@@ -767,6 +813,7 @@ def make_plan(config: Config, corpus: Corpus, stage: StageConfig) -> Plan:
         multiple=config.data.batch_multiple,
         sizes=corpus.sizes,
         weights=weights or None,
+        used=used,
     )
     if len(plan.buckets) < len(lengths):
         hosts.say(
@@ -776,16 +823,17 @@ def make_plan(config: Config, corpus: Corpus, stage: StageConfig) -> Plan:
     return plan
 
 
-def _test_plan(waveforms: Waveforms, batch_size: int, parts: int, name: str) -> Plan:
+def _test_plan(waveforms: Waveforms, used: np.ndarray, batch_size: int, parts: int, name: str) -> Plan:
     """The batches of a test set, all of one length and a multiple of `parts` examples."""
     lengths = waveforms.corpus.num_samples
-    size = min(batch_size, len(lengths)) // parts * parts
+    number = int(used.sum())
+    size = min(batch_size, number) // parts * parts
     if not size:
         raise ValueError(
-            f"data.test.{name} has {len(lengths)} utterances, too few to be split over mesh.data * mesh.fsdp "
+            f"data.test.{name} has {number} utterances, too few to be split over mesh.data * mesh.fsdp "
             f"= {parts} devices: give more, leave it out, or choose another mesh."
         )
-    return Plan(lengths, choose_buckets(lengths, 1), size, seed=0)
+    return Plan(lengths, choose_buckets(lengths[used], 1), size, seed=0, used=used)
 
 
 def _try(model: Aligner | SpeechLLM, stage: Stage) -> None:

@@ -1,17 +1,23 @@
 """Batches: a function of seed and number alone, whatever the hosts, with the right words in them."""
 
+import json
 import shutil
+from pathlib import Path
 
 import fsspec
 import grain
 import jax
 import numpy as np
 import pytest
+import soundfile
+from transformers import AutoTokenizer
 
 from sparqle_jax import audio, prompts
 from sparqle_jax.data import pipeline
-from sparqle_jax.data.dataset import Corpus, DataSet
+from sparqle_jax.data.builder import Limits, prepare
+from sparqle_jax.data.dataset import Corpus, CorruptRecord, DataSet
 from sparqle_jax.data.plan import Plan, choose_buckets
+from sparqle_jax.data.sources import Manifest
 from sparqle_jax.demo import grammar, language_model
 from sparqle_jax.sharding import batch_sharding, make_mesh
 from tests.bucket import Bucket
@@ -154,8 +160,6 @@ def test_texts_of_a_bucket_are_padded_to_its_longest(corpus, tokenizer):
 
 
 def test_equal_texts_of_a_batch_have_one_number(corpus):
-    from transformers import AutoTokenizer
-
     words = AutoTokenizer.from_pretrained("sparqle_jax/demo/models/words")
     twice = Corpus([*corpus.data_sets, *corpus.data_sets])
     plan = Plan(twice.num_samples, choose_buckets(twice.num_samples, 1), 48, seed=0)
@@ -241,6 +245,141 @@ def test_a_corrupt_record_is_skipped_and_counted_when_told_to(corrupt, corpus, t
         assert all(row.tobytes() in rows for row in arrays["waveform"])
     assert skipped == len(set(np.concatenate([rows.ravel() for rows in plan.epoch(0)])) & bad)
     assert capfd.readouterr().err.count("skipped: ") == skipped
+
+
+def sparse_data(small_world, folder: Path, keep) -> DataSet:
+    """The training set, prepared anew with the translations that `keep` leaves of each utterance's."""
+    data, lines = DataSet(small_world / "train"), []
+    folder.mkdir()
+    for i, utterance in enumerate(data):
+        soundfile.write(folder / f"{i}.wav", data.samples(i), audio.SAMPLE_RATE, subtype="PCM_16")
+        text, translations = keep(i, utterance)
+        lines.append({"audio": f"{i}.wav", "text": text, "translations": translations})
+    (folder / "m.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    limits = Limits(allow_empty=True)
+    prepare(folder / "data", Manifest(str(folder / "m.jsonl")), limits, "runner=DirectRunner")
+    return DataSet(folder / "data")
+
+
+@pytest.fixture(scope="module")
+def sparse(small_world, tmp_path_factory) -> DataSet:
+    """Of its utterances every fourth has a German translation, every eighth a Spanish one; in 5 and 13 nobody
+    speaks."""
+
+    def keep(i, utterance):
+        if i in (5, 13):
+            return "", {}
+        codes = ["de"] * (i % 4 == 0) + ["es"] * (i % 8 == 0)
+        return utterance.text, {code: utterance.translations[code] for code in codes}
+
+    return sparse_data(small_world, tmp_path_factory.mktemp("sparse") / "sparse", keep)
+
+
+def test_a_data_set_knows_which_translations_its_utterances_have(sparse, corpus):
+    assert sparse.languages == ("de", "es")
+    assert sparse[0].translations == {code: corpus[0].translations[code] for code in ("de", "es")}
+    assert sparse[4].translations == {"de": corpus[4].translations["de"]}
+    assert sparse[1].translations == {}
+    for task, every in (("de", 4), ("es", 8)):
+        np.testing.assert_array_equal(np.flatnonzero(sparse.has(task)), np.arange(0, 24, every))
+        assert list(sparse.texts(task)) == [corpus[i].translations[task] for i in range(0, 24, every)]
+    assert sparse.has("transcribe").all()
+    assert not sparse.has("it").any()
+    assert np.flatnonzero(~sparse.has_speech).tolist() == [5, 13]
+
+
+def test_an_utterance_draws_a_task_that_it_has(sparse, tokenizer):
+    """Transcripts and German by their weights where both are there; nothing is asked that has no answer."""
+    corpus = Corpus([sparse])
+    tasks = {"transcribe": 1.0, "de": 3.0}
+    assert pipeline.have_any(sparse, tasks).all()
+    plan, examples = make_examples(corpus, tokenizer, tasks)
+    drawn: dict[bool, list[bool]] = {True: [], False: []}
+    for number in range(20 * plan.batches_per_epoch):
+        batch = plan.batch(number)
+        arrays = examples.rows(batch, range(len(batch.indices)), seed=0)
+        for row, index in enumerate(batch.indices):
+            german = "German" in tokenizer.decode(arrays["after"][row][arrays["after_mask"][row]])
+            drawn["de" in sparse[index].translations].append(german)
+            answer = arrays["answer"][row][arrays["answer_mask"][row]]
+            expected = sparse[index].translations["de"] if german else sparse[index].text
+            assert examples.prompter.decode(answer) == expected
+            if not sparse[index].text:  # to hear nothing is to end at once
+                assert answer.tolist() == [examples.prompter.end_id]
+    assert not any(drawn[False])
+    assert np.mean(drawn[True]) == pytest.approx(0.75, abs=0.12)
+
+
+def test_an_utterance_without_any_of_the_tasks_is_not_used(sparse, tokenizer):
+    corpus, tasks = Corpus([sparse]), {"es": 1.0, "de": 1.0}
+    used = pipeline.have_any(sparse, tasks)
+    assert np.flatnonzero(used).tolist() == [0, 4, 8, 12, 16, 20]
+    lengths = corpus.num_samples
+    plan = Plan(lengths, choose_buckets(lengths[used], 1), 2, seed=0, used=used)
+    assert plan.batches_per_epoch == 3
+    prompter = prompts.Prompter(tokenizer, VOCAB_SIZE)
+    waveforms = pipeline.Waveforms(corpus, audio.FeatureExtractor(), 3.0)
+    examples = pipeline.InstructionExamples(corpus, waveforms, prompter, VOCAB_SIZE, [tasks], plan)
+    for batch in map(plan.batch, range(9)):
+        examples.rows(batch, range(2), seed=0)
+        assert used[batch.indices].all()
+    longest = max(len(prompter.answer(text)) for task in tasks for text in sparse.texts(task))
+    assert examples.lengths == [longest]
+
+
+def test_a_data_set_of_an_earlier_version_is_read(small_world, tmp_path):
+    """Its index had a translation of all into each language, and its records the same fields."""
+    data = DataSet(small_world / "train")
+    assert data.languages == ("de", "es", "fr")
+    for task in ("transcribe", "de", "es", "fr"):
+        assert data.has(task).all()
+        texts = [u.text if task == "transcribe" else u.translations[task] for u in data]
+        assert list(data.texts(task)) == texts
+    assert data.has_speech.all()
+
+
+class Holed(Corpus):
+    """A corpus of which some records can't be read."""
+
+    bad = frozenset({0, 3, 4, 5, 11, 12, 17, 20, 21})
+
+    def samples(self, index):
+        if index in self.bad:
+            raise CorruptRecord(f"{index} can't be read")
+        return super().samples(index)
+
+
+@pytest.mark.parametrize("num_hosts", [2, 4])
+@pytest.mark.parametrize("stage", [1, 2])
+def test_corrupt_records_are_replaced_alike_on_any_number_of_hosts(num_hosts, stage, small_world, tokenizer):
+    corpus = Holed([DataSet(small_world / "train")])
+    plan = Plan(corpus.num_samples, choose_buckets(corpus.num_samples, 1), 8, seed=0)
+    waveforms = pipeline.Waveforms(corpus, audio.FeatureExtractor(), 3.0)
+    if stage == 1:
+        tokenizer = AutoTokenizer.from_pretrained("sparqle_jax/demo/models/words")
+        examples = pipeline.AlignmentExamples(corpus, waveforms, tokenizer, 1000, plan, skip_corrupt=True)
+    else:
+        prompter = prompts.Prompter(tokenizer, VOCAB_SIZE)
+        examples = pipeline.InstructionExamples(
+            corpus, waveforms, prompter, VOCAB_SIZE, [TASKS], plan, skip_corrupt=True
+        )
+    skipped = 0
+    for batch in map(plan.batch, range(2 * plan.batches_per_epoch)):
+        one = examples.rows(batch, range(8), seed=3)
+        places = [pipeline.local_rows(HostSharding(host, num_hosts), 8) for host in range(num_hosts)]
+        parts = [examples.rows(batch, some, seed=3) for some in places]
+        assert_equal([{name: np.concatenate([part[name] for part in parts]) for name in one}], [one])
+        assert one["skipped"].tolist() == [index in Holed.bad for index in batch.indices]
+        skipped += int(one["skipped"].sum())
+    assert skipped == 2 * len(Holed.bad)
+
+
+def test_a_batch_of_corrupt_records_alone_is_an_error(small_world, tokenizer, monkeypatch):
+    monkeypatch.setattr(Holed, "bad", frozenset(range(24)))
+    corpus = Holed([DataSet(small_world / "train")])
+    plan, examples = make_examples(corpus, tokenizer, skip_corrupt=True)
+    with pytest.raises(CorruptRecord, match="no record of batch 0 can be read"):
+        examples.rows(plan.batch(0), [0], seed=0)
 
 
 def test_a_data_set_on_gs_gives_the_batches_of_a_local_one(small_world, corpus, tokenizer, monkeypatch):

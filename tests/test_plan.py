@@ -152,6 +152,26 @@ def test_no_example_of_a_mixture_is_never_drawn():
     assert set(range(9950, 10_000)) <= seen
 
 
+@settings(deadline=None, max_examples=50)
+@given(st.integers(0, 1000), st.integers(20, 200), st.booleans())
+def test_only_what_is_used_is_drawn_and_as_if_there_were_nothing_else(seed, num, mixed):
+    rng = np.random.default_rng(seed)
+    lengths = rng.integers(SAMPLE_RATE, 9 * SAMPLE_RATE, num)
+    used = rng.random(num) < 0.5
+    used[[0, 1, -1]] = True
+    sizes, weights = ([num // 3, num - num // 3], [1.0, 2.0]) if mixed else ([num], None)
+    buckets = choose_buckets(lengths[used], 3)
+    plan = Plan(lengths, buckets, 2, seed=seed, sizes=sizes, weights=weights, used=used)
+    of_used = [int(some.sum()) for some in np.split(used, np.cumsum(sizes)[:-1])]
+    alone = Plan(lengths[used], buckets, 2, seed=seed, sizes=of_used, weights=weights)
+    assert plan.left_out == alone.left_out
+    assert plan.padding() == alone.padding()
+    for number in range(2 * plan.batches_per_epoch):
+        batch, expected = plan.batch(number), alone.batch(number)
+        assert batch.num_samples == expected.num_samples
+        np.testing.assert_array_equal(batch.indices, np.flatnonzero(used)[expected.indices])
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
@@ -160,6 +180,10 @@ def test_no_example_of_a_mixture_is_never_drawn():
         (dict(batch_size=4), "3 examples, fewer than a batch of 4"),
         (dict(batch_size=3, multiple=2), "batch_size=3 is not a multiple of data.batch_multiple=2"),
         (dict(sizes=[1, 1]), "do not add up to 3 examples"),
+        (
+            dict(sizes=[1, 2], used=np.array([False, True, True])),
+            r"has no examples .* \[0, 2\]",
+        ),
         (dict(sizes=[1, 2], weights=[1.0]), "2 data sets need as many weights"),
     ],
 )

@@ -25,7 +25,16 @@ import soxr
 from sparqle_jax import audio
 from sparqle_jax.data import builder, prepare
 from sparqle_jax.data.dataset import Corpus, DataSet
-from sparqle_jax.data.sources import Manifest
+from sparqle_jax.data.sources import (
+    Covost2,
+    LibriSpeech,
+    Manifest,
+    MustC,
+    Record,
+    Rejection,
+    Source,
+    checked,
+)
 from sparqle_jax.demo.speech import Voice, synthesise
 
 SENTENCES = [
@@ -320,6 +329,7 @@ def test_what_can_not_be_used_is_listed_with_its_reason(spoken, tmp_path, capsys
     (tmp_path / "m.jsonl").write_bytes(text)
 
     arguments = ["manifest", str(tmp_path / "out"), "--manifest", str(tmp_path / "m.jsonl"), *ONE_PROCESS]
+    arguments += ["--require", "de"]
     with pytest.raises(SystemExit):
         prepare.main(arguments)
     assert not (tmp_path / "out").exists()
@@ -368,6 +378,10 @@ def test_channels_that_cancel_and_joined_recordings(spoken, tmp_path, capsys):
         ("m.tsv", "ROOT\ngood.wav\tmany\ttranscription\n", "wrong value"),
         ("m.tsv", "ROOT\ngood.wav\t30000\ttranslation\n", "no transcript"),
         ("m.tsv", "ROOT\ngood.wav\t30000\ttranscription\ngood.wav\t3\ttranscription\n", "no text"),
+        ("m.tsv", "audio\ttext\ngood.wav\tgood\t\n", "wrong number of columns"),
+        ("m.tsv", "audio\ttext\ngood.wav\tgo\rod\n", "control character"),
+        ("m.tsv", "audio\ttext\ngood.wav\tgo\0od\n", "control character"),
+        ("m.csv", "audio,text\ngood.wav,go\rod\n", "control character"),
     ],
 )
 def test_rows_of_tables_that_can_not_be_used(name, text, reason, spoken, tmp_path):
@@ -392,12 +406,172 @@ def test_rows_of_covost_that_can_not_be_used(spoken, tmp_path):
     assert [r["reason"] for r in rejected] == ["not in validated.tsv", "wrong number of columns"]
 
 
-def test_a_quotation_mark_that_is_not_closed_swallows_no_rows(spoken, tmp_path, capsys):
+# Each file with what becomes of its rows: the texts, and how many are rejected. All name one recording.
+ROWS = {
+    "an opening and a closing mark in TSV": (
+        "m.tsv",
+        'audio\ttext\na.wav\t"hello there\na.wav\tsecond\na.wav\tthird said bye"\na.wav\tfourth\n',
+        ['"hello there', "second", 'third said bye"', "fourth"],
+        0,
+    ),
+    "marks that Excel has written into TSV": (
+        "m.tsv",
+        'audio\ttext\na.wav\t"a ""b"""\na.wav\t"\na.wav\t""\n',
+        ['"a ""b"""', '"', '""'],
+        0,
+    ),
+    "line feeds of Windows, a mark of UTF-8, an empty line, no end": (
+        "m.tsv",
+        "\ufeffaudio\ttext\r\na.wav\tone\r\n\r\n\t\r\na.wav\ttwo",
+        ["one", "two"],
+        0,
+    ),
+    "what only Unicode takes for the end of a line": (
+        "m.tsv",
+        "audio\ttext\na.wav\tone\u2028two\x85three\x0bfour\x1cfive\n",
+        ["one\u2028two\x85three\x0bfour\x1cfive"],
+        0,
+    ),
+    "too many and too few columns": (
+        "m.tsv",
+        "audio\ttext\na.wav\tone\ta.wav\na.wav\na.wav\ttwo\t\na.wav\tthree\n",
+        ["three"],
+        3,
+    ),
+    "backslashes": ("m.tsv", "audio\ttext\na.wav\tone\\\na.wav\t\\two\n", ["one\\", "\\two"], 0),
+    "quoted commas, marks and line breaks in CSV": (
+        "m.csv",
+        'audio,text,speaker\r\na.wav,"one, ""two""",1\r\n"a.wav","three\nfour",2\r\n\r\na.wav,five,3\r\n',
+        ['one, "two"', "three\nfour", "five"],
+        0,
+    ),
+    "wrong numbers of columns in CSV": ("m.csv", "audio,text\na.wav,one,\na.wav\na.wav,two\n", ["two"], 2),
+    "JSON": (
+        "m.jsonl",
+        '{"audio": "a.wav", "text": "one\\n\\"two"}\n\n \t\n{"audio": "a.wav", "text": "a\u2028b"}\n[]\n"',
+        ['one\n"two', "a\u2028b"],
+        2,
+    ),
+    "the reference's pair": (
+        "m.tsv",
+        "ROOT\na.wav\tLENGTH\ttranscription\na.wav\tLENGTH\ttranscription\na.wav\tx\n\n",
+        ['"one', 'two"'],
+        1,
+    ),
+}
+
+
+@pytest.mark.parametrize("case", ROWS)
+def test_every_row_is_a_record_or_rejected(case, spoken, tmp_path, capsys):
+    name, text, expected, rejected = ROWS[case]
     write(tmp_path / "a.wav", spoken[0])
-    (tmp_path / "m.csv").write_text('id,audio,text\n1,a.wav,"hello\n2,a.wav,hi\n3,a.wav,yes\n')
+    text = text.replace("ROOT", str(tmp_path)).replace("LENGTH", str(len(spoken[0])))
+    (tmp_path / name).write_bytes(text.encode())
+    (tmp_path / "m.txt").write_text('"one\ntwo"\nthree\n')
+    source = Manifest(str(tmp_path / name))
+    listed = list(source.records())
+    assert [record.text for record in listed if isinstance(record, Record)] == expected
+    assert source.count_rows() == len(listed) == len(expected) + rejected
+    for row in listed:
+        if isinstance(row, Rejection):
+            number = int(row.line.removeprefix(f"{name}:"))
+            assert text.split("\n")[number - 1].strip()
+    # The ids are the same: but for the first they are rejected, and counted.
+    made(tmp_path / "out", "manifest", "--manifest", tmp_path / name, "--max-rejected", "1")
+    assert re.search(rf"^ +{len(listed)} records\n +1 usable$", capsys.readouterr().out, re.M)
+
+
+@pytest.mark.parametrize(
+    ("rows", "message"),
+    [
+        (['1,a.wav,"hello', "2,a.wav,hi", "3,a.wav,yes"], "line 2: a quotation mark is not closed"),
+        (["1,a.wav,one", '2,a.wav,5" and 6" disks'], "line 3: a stray quotation mark"),
+        (["1,a.wav,one", '2,a.wav,"two" he said'], "line 3: a stray quotation mark"),
+        (['1,a.wav, "one"'], "line 2: a stray quotation mark"),
+        (['1,a.wav,"one', "2,a.wav,two", '3,a.wav,"three'], "line 2 to 4: a stray quotation mark"),
+        (['1,a.wav,"one', '2,a.wav,two"', "3,a.wav,three"], "line 2 to 3: a quoted field has in it"),
+    ],
+)
+def test_a_stray_quotation_mark_in_csv_swallows_no_rows(rows, message, spoken, tmp_path, capsys):
+    write(tmp_path / "a.wav", spoken[0])
+    lines(tmp_path / "m.csv", ["id,audio,text", *rows])
     with pytest.raises(SystemExit):
         made(tmp_path / "out", "manifest", "--manifest", tmp_path / "m.csv")
-    assert "m.csv is not a table, at or before line 4" in capsys.readouterr().err
+    assert f"m.csv, {message}" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("audio\ttext\na.wav\tone\n".encode("utf-16"), "is UTF-16: save it as UTF-8"),
+        (b"audio\ttext\ra.wav\tone\r", "end with carriage returns alone"),
+        (b"audio\ttext\ttext\na.wav\tone\ttwo\n", r"has the columns ['text'] twice"),
+    ],
+)
+def test_a_table_that_is_none_is_said(content, message, tmp_path, capsys):
+    (tmp_path / "m.tsv").write_bytes(content)
+    with pytest.raises(SystemExit):
+        made(tmp_path / "out", "manifest", "--manifest", tmp_path / "m.tsv")
+    assert message in capsys.readouterr().err
+
+
+def sources(folder: Path, samples: np.ndarray) -> dict[str, Source]:
+    """A source of each kind, with 4 or 5 rows, of which one can't be used."""
+    write(folder / "libri/dev/19/198/19-198-0000.flac", samples)
+    lines(folder / "libri/dev/19/198/19-198.trans.txt", ["19-198-0000 one", "", "19-1 two", "19-2", "19-3 x"])
+    lines(folder / "cv/validated.tsv", ["path\tsentence", *(f'{i}.mp3\t"text {i}' for i in range(4))])
+    rows = [f'{i}.mp3\t"text\t{"train_covost" if i else "train"}' for i in range(5)]
+    lines(folder / "cv/covost_v2.en_de.tsv", ["path\ttranslation\tsplit", *rows, "5.mp3\ttext\tdev"])
+    lines(folder / "must_c/data/train/txt/train.yaml", [f"- {{wav: {i}.wav, offset: 0}}" for i in range(4)])
+    for code in ("en", "de"):
+        lines(folder / f"must_c/data/train/txt/train.{code}", ["one", "", '"three', "four"])
+    lines(folder / "m.tsv", ["audio\ttext", *(f'{i}.wav\t"{i}' for i in range(3)), "3.wav"])
+    lines(folder / "m.csv", ["audio,text", *(f'{i}.wav,"{i}\n{i}"' for i in range(3)), "3.wav"])
+    rows = [{"audio": f"{i}.wav", "text": str(i)} for i in range(3)]
+    lines(folder / "m.jsonl", [*map(json.dumps, rows), "{"])
+    lines(folder / "pair.tsv", [folder, *(f"{i}.wav\t1" for i in range(3)), "3.wav\tx"])
+    lines(folder / "pair.txt", map(str, range(4)))
+    return {
+        "librispeech": LibriSpeech(str(folder / "libri"), ("dev",)),
+        "covost2": Covost2(str(folder / "cv"), "en", "de", "train"),
+        "must_c": MustC(str(folder / "must_c"), "en", "de", "train"),
+        **{name: Manifest(str(folder / name)) for name in ("m.tsv", "m.csv", "m.jsonl", "pair.tsv")},
+    }
+
+
+@pytest.mark.parametrize(
+    "kind", ["librispeech", "covost2", "must_c", "m.tsv", "m.csv", "m.jsonl", "pair.tsv"]
+)
+def test_rows_are_counted_apart_and_a_record_that_is_lost_is_noticed(kind, spoken, tmp_path, capsys):
+    source = sources(tmp_path, spoken[0])[kind]
+    listed = list(checked(source.records(), source.languages))
+    assert source.count_rows() == len(listed) == (5 if kind == "covost2" else 4)
+    assert sum(isinstance(row, Rejection) for row in listed) == 1
+
+    class Swallowing(type(source)):
+        def records(self):
+            rows = list(super().records())
+            yield from rows[:1] + rows[2:]
+
+    swallowing = Swallowing(**{f.name: getattr(source, f.name) for f in dataclasses.fields(source)})
+    with pytest.raises(builder.LostRecords, match=r"has [45] rows, but [234] records and [01] rejections"):
+        builder.prepare(tmp_path / "out", swallowing, builder.Limits(), "runner=DirectRunner")
+    assert not (tmp_path / "out").exists()
+
+
+def test_records_that_are_lost_on_the_way_are_noticed_too(spoken, tmp_path, capsys, monkeypatch):
+    write(tmp_path / "a.wav", spoken[0])
+    rows = [json.dumps({"id": str(i), "audio": "a.wav", "text": "x"}) for i in range(3)]
+    lines(tmp_path / "m.jsonl", rows)
+    records = builder.WriteShard._records
+    monkeypatch.setattr(builder.WriteShard, "_records", lambda self, shard: list(records(self, shard))[1:])
+    arguments = ["manifest", str(tmp_path / "out"), "--manifest", str(tmp_path / "m.jsonl"), *ONE_PROCESS]
+    assert prepare.main(arguments) == 1
+    said = capsys.readouterr().err
+    assert "of 3 records 2 were written and 0 rejected, which is not all" in said
+    assert "please report it" in said
+    assert not (tmp_path / "out").exists()
 
 
 def test_numbers_for_ids_and_speakers(spoken, tmp_path):

@@ -40,11 +40,21 @@ QUIETEST = 6  # steps of 16 bits from the lowest to the highest sample: dither h
 
 @dataclasses.dataclass(frozen=True)
 class Limits:
-    """What a recording must have to be taken, in seconds, and which share of the records may be rejected."""
+    """Limits of what is taken: lengths in seconds, and the share of the records that may be rejected.
+
+    require: languages into which each text must be translated. allow_empty: a record whose text is empty is a
+    recording in which nobody speaks, and may be silent.
+    """
 
     min_seconds: float = 0.1
     max_seconds: float = 30.0
     max_rejected: float = 0.01
+    require: tuple[str, ...] = ()
+    allow_empty: bool = False
+
+
+class LostRecords(Exception):
+    """A record of the source is neither in the data set nor among the rejected: a mistake of this project."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -92,7 +102,10 @@ class WriteShard:
                 warnings.update({warning.reason for warning in said})
                 row = record.model_dump(include={"id", "text", "translations", "language", "speaker"})
                 duration = np.float32(len(samples) / audio.SAMPLE_RATE)
-                example = features.encode_example(row | {"audio": samples, "duration": duration})
+                # TFDS knows no text that is not there; the index does.
+                filled = {code: record.translations.get(code, "") for code in self.languages}
+                fields = {"audio": samples, "duration": duration, "translations": filled}
+                example = features.encode_example(row | fields)
                 writer.write(serializer.serialize_example(example))
                 digest = hashlib.blake2b(samples.tobytes(), digest_size=8).digest()
                 rows.append(row | {"num_samples": len(samples), "samples_hash": digest})
@@ -144,13 +157,19 @@ def read_samples(record: Record, limits: Limits, warn: Callable[[audio.AudioWarn
         raise audio.UnusableAudio("unreadable", f"{type(error).__name__}: {error}") from error
     seconds = len(waveform) / audio.SAMPLE_RATE
     min_samples = round(limits.min_seconds * audio.SAMPLE_RATE)
-    audio.check(waveform, min_samples=min_samples, max_samples=max_samples)
+    nobody_speaks = not record.text  # and silence is as good as any noise
+    try:
+        audio.check(waveform, min_samples=min_samples, max_samples=max_samples)
+    except audio.UnusableAudio as error:
+        if error.reason != "silent" or not nobody_speaks:
+            raise
+        audio.check_length(len(waveform), max_samples)
     if record.declared is not None and abs(record.declared - seconds) > DECLARED_TOLERANCE:
         raise audio.UnusableAudio(
             "not as long as declared", f"declared {record.declared:.2f} s, it has {seconds:.2f} s"
         )
     samples = np.clip(np.round(waveform * 32768), -32768, 32767).astype(np.int16)
-    if int(samples.max()) - int(samples.min()) <= QUIETEST:
+    if int(samples.max()) - int(samples.min()) <= QUIETEST and not nobody_speaks:
         raise audio.UnusableAudio(
             "silent",
             "it is so quiet that 16 bits, in which data sets are kept, hold nothing of it: amplify it.",
@@ -211,7 +230,7 @@ class SpeechBuilder(FileReaderBuilder):
             pipeline.run().wait_until_finish()
         (folder / "listing.jsonl").unlink()
         lengths = _merge_indices(folder, self.languages, len(shards))
-        self._reject(folder, rejections, len(shards), num_listed + len(rejections))
+        self._reject(folder, rejections, len(shards), num_listed + len(rejections), sum(lengths))
         split = tfds.core.SplitInfo(
             name=dataset.SPLIT,
             shard_lengths=lengths,
@@ -224,7 +243,12 @@ class SpeechBuilder(FileReaderBuilder):
         """Writes the records of the source that may be used, and cuts them into shards."""
         starts, place = [], 0
         with listing.open("wb") as out:
-            records = checked(self.source.records(), self.languages)
+            records = checked(
+                self.source.records(),
+                self.languages,
+                require=self.limits.require,
+                allow_empty=self.limits.allow_empty,
+            )
             for record in tqdm.tqdm(records, "list", unit="record", dynamic_ncols=True):
                 if isinstance(record, Rejection):
                     rejections.append(record)
@@ -234,18 +258,30 @@ class SpeechBuilder(FileReaderBuilder):
                 place += out.write(line)
         if not starts and not rejections:
             raise ValueError(f"{self.source} has no records.")
+        if (rows := self.source.count_rows()) != len(starts) + len(rejections):
+            raise LostRecords(
+                f"{self.source} has {rows} rows, but {len(starts)} records and {len(rejections)} rejections "
+                "were made of them"
+            )
         if not starts:
             return []
         ends = np.linspace(0, len(starts), num_shards(len(starts)) + 1).astype(int).tolist()
         return [Shard(i, starts[a], b - a) for i, (a, b) in enumerate(itertools.pairwise(ends))]
 
-    def _reject(self, folder: epath.Path, listed: list[Rejection], num_shards: int, total: int) -> None:
-        """Writes rejected.jsonl and prints what was rejected. Raises ValueError when it is too much."""
+    def _reject(
+        self, folder: epath.Path, listed: list[Rejection], num_shards: int, total: int, usable: int
+    ) -> None:
+        """Writes rejected.jsonl and prints what was rejected. Raises ValueError when it is too much, and
+        LostRecords when it is not all that is not usable."""
         parts = [folder / f"{REJECTED}-{i}" for i in range(num_shards)]
         lines = _lines(listed).splitlines()
         for part in parts:
             lines += part.read_text().splitlines()
             part.unlink()
+        if usable + len(lines) != total:
+            raise LostRecords(
+                f"of {total} records {usable} were written and {len(lines)} rejected, which is not all"
+            )
         warnings = collections.Counter()
         for i in range(num_shards):
             part = folder / f"{WARNINGS}-{i}"
@@ -253,7 +289,7 @@ class SpeechBuilder(FileReaderBuilder):
             part.unlink()
         text = "".join(line + "\n" for line in lines)
         reasons = collections.Counter(json.loads(line)["reason"] for line in lines)
-        print(f"{total:>9} records\n{total - len(lines):>9} usable")
+        print(f"{total:>9} records\n{usable:>9} usable")
         for reason, number in warnings.most_common():
             print(f"{number:>9} usable, but: {reason}")
         for reason, number in reasons.most_common():
@@ -326,7 +362,8 @@ def prepare(folder: str | os.PathLike, source: Source, limits: Limits, beam_opti
     """Makes a data set. beam_options: "runner=DataflowRunner ..."; none runs it on all cores here.
 
     Raises FileExistsError for a folder that is there, FileNotFoundError and ValueError for a source that
-    can't be read, and ValueError when more is rejected than `limits` allow.
+    can't be read, ValueError when more is rejected than `limits` allow, and LostRecords when rows of the
+    source are neither records nor rejections.
     """
     if epath.Path(folder).exists():
         raise FileExistsError(f"{folder} is there already: choose another folder, or delete that one.")

@@ -15,6 +15,7 @@ from typing import Annotated, Any
 
 import numpy as np
 import pyarrow
+import pyarrow.compute
 import pydantic
 import tensorflow_datasets as tfds
 from etils import epath
@@ -26,7 +27,8 @@ SPLIT = "train"
 
 
 class Utterance(pydantic.BaseModel, frozen=True, extra="forbid"):
-    """What is known of a recording. translations: by language code. num_samples: at 16 kHz."""
+    """A recording without its audio. text: empty where nobody speaks. translations: those that there are, by
+    language code. num_samples: at 16 kHz."""
 
     id: Annotated[str, pydantic.Field(min_length=1)]
     text: str
@@ -108,22 +110,33 @@ class DataSet(Sequence[Utterance]):
 
     def __getitem__(self, index: int) -> Utterance:
         row = {name: self._index[name][index].as_py() for name in Utterance.model_fields}
+        row["translations"] = {code: text for code, text in row["translations"].items() if text is not None}
         return Utterance.model_construct(**row)
 
     @property
     def languages(self) -> tuple[str, ...]:
-        """Into which every utterance is translated."""
-        return tuple(field.name for field in self._index.schema.field("translations").type)
+        """Into which there are translations, of some utterances or all."""
+        codes = (field.name for field in self._index.schema.field("translations").type)
+        return tuple(code for code in codes if self._translations(code).null_count < len(self))
 
     @property
     def spoken(self) -> list[str]:
         """The languages of the speech."""
         return sorted(self._index["language"].unique().to_pylist())
 
+    @property
+    def has_speech(self) -> np.ndarray:
+        """bool [N]: in which of the recordings somebody speaks."""
+        return pyarrow.compute.not_equal(self._index["text"], "").to_numpy()
+
+    def has(self, task: str) -> np.ndarray:
+        """bool [N]: which of the utterances have a right answer to a task: see `answer_of` in pipeline.py."""
+        return self._answers(task).is_valid().to_numpy()
+
     def texts(self, task: str) -> Iterable[str]:
-        """The right answers to a task of all utterances in their order: see `answer_of` in pipeline.py."""
-        column = self._index["text"] if task == "transcribe" else self._translations(task)
-        return itertools.chain.from_iterable(chunk.to_pylist() for chunk in column.chunks)
+        """The right answers to a task of the utterances that have one, in their order."""
+        chunks = self._answers(task).chunks
+        return itertools.chain.from_iterable(chunk.drop_null().to_pylist() for chunk in chunks)
 
     def waveform(self, index: int) -> np.ndarray:
         """float32 [S] at 16 kHz, samples from -1 to 1. Raises CorruptRecord."""
@@ -153,6 +166,13 @@ class DataSet(Sequence[Utterance]):
             while block := file.read(1 << 20):
                 digest.update(block)
         return digest.hexdigest()
+
+    def _answers(self, task: str) -> pyarrow.ChunkedArray:
+        if task == "transcribe":
+            return self._index["text"]
+        if task not in self.languages:
+            return pyarrow.chunked_array([pyarrow.nulls(len(self), pyarrow.string())])
+        return self._translations(task)
 
     def _translations(self, language: str) -> pyarrow.ChunkedArray:
         column = self._index["translations"]

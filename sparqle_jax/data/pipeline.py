@@ -23,7 +23,7 @@ from absl import flags
 from babel import Locale, UnknownLocaleError
 
 from sparqle_jax import audio, prompts
-from sparqle_jax.data.dataset import Corpus, CorruptRecord, Utterance
+from sparqle_jax.data.dataset import Corpus, CorruptRecord, DataSet, Utterance
 from sparqle_jax.data.plan import Batch, Plan
 
 Arrays = dict[str, np.ndarray]
@@ -165,6 +165,7 @@ class Waveforms:
 class AlignmentExamples:
     """Stage 1: speech, the adapter's tokens of the text, and recording_id, equal for equal texts in a batch.
 
+    To be planned with those in which somebody speaks: there is nothing else to align.
     speech: `Waveforms`, or the `Frames` of this corpus. Texts are padded to the longest that can be in the
     bucket, or to `max_tokens` where that is given; else all texts are tokenised here, once, to count. Raises
     ValueError for longer ones, naming one, and for tokens outside the vocabulary.
@@ -195,7 +196,7 @@ class AlignmentExamples:
         numbers: dict[str, int] = {}
         texts = [self.corpus[index].text for index in batch.indices]
         ids = np.array([numbers.setdefault(text, i) for i, text in enumerate(texts)], np.int32)
-        speech, read, skipped = _read(self, batch, places)
+        speech, read, skipped = _read(self, batch, places, seed)
         tokens, length = (
             self.tokenizer([texts[place] for place in read]).input_ids,
             self.lengths[batch.bucket],
@@ -210,8 +211,9 @@ class InstructionExamples:
     """Stage 2: speech, an instruction around it, and the answer.
 
     speech, max_tokens: as for AlignmentExamples. tasks: for each data set of the corpus "transcribe" and
-    codes of languages, with the weights by which they are drawn. Raises ValueError for data sets that have
-    no translations into one of them.
+    codes of languages, with the weights by which an utterance draws one of those that it has an answer to. To
+    be planned with those that have any: `have_any`. Raises ValueError for data sets in which no utterance has
+    one of the tasks.
     """
 
     def __init__(
@@ -231,7 +233,7 @@ class InstructionExamples:
         for data_set, some in zip(corpus.data_sets, tasks, strict=True):
             check_tasks(data_set, some)
         self.tasks = [list(some) for some in tasks]
-        self.shares = [np.array(list(some.values())) / sum(some.values()) for some in tasks]
+        self.weights = [np.array(list(some.values())) for some in tasks]
         asked = {task: [prompter.prompt(text) for text in instructions(task)] for task in set().union(*tasks)}
         self.asked = asked
         self.before, self.after = (max(len(p[i]) for ps in asked.values() for p in ps) for i in range(2))
@@ -240,14 +242,16 @@ class InstructionExamples:
         )
 
     def rows(self, batch: Batch, places: Sequence[int], seed: int) -> Arrays:
-        speech, read, skipped = _read(self, batch, places)
+        speech, read, skipped = _read(self, batch, places, seed)
         asked, answers = [], []
         for place in read:
             rng = np.random.default_rng([seed, batch.number, place])
             number, _ = self.corpus.locate(batch.indices[place])
-            task = self.tasks[number][rng.choice(len(self.tasks[number]), p=self.shares[number])]
-            asked.append(self.asked[task][rng.integers(len(self.asked[task]))])
             utterance = self.corpus[batch.indices[place]]
+            tasks = self.tasks[number]
+            weights = self.weights[number] * [has_answer(utterance, task) for task in tasks]
+            task = tasks[rng.choice(len(tasks), p=weights / weights.sum())]
+            asked.append(self.asked[task][rng.integers(len(self.asked[task]))])
             answers.append(self.prompter.answer(answer_of(utterance, task)))
             _check_length(utterance, answers[-1], self.lengths[batch.bucket])
         texts = prompts.collate(
@@ -262,11 +266,12 @@ class InstructionExamples:
 
 
 def _read(
-    examples: AlignmentExamples | InstructionExamples, batch: Batch, places: Sequence[int]
+    examples: AlignmentExamples | InstructionExamples, batch: Batch, places: Sequence[int], seed: int
 ) -> tuple[Arrays, list[int], np.ndarray]:
     """The speech at these places of a batch, the places that were read for it, and bool [B]: which were not.
 
-    A record that can't be read is an error, or with `skip_corrupt` another of the batch takes its place.
+    A record that can't be read is an error, or with `skip_corrupt` another of the whole batch takes its
+    place: drawn by seed, batch and place, so that a host reads what any other would.
     """
     read = list(places)
     try:
@@ -276,18 +281,28 @@ def _read(
             raise CorruptRecord(
                 f"{error} (batch {batch.number}; data.skip_corrupt=true goes on without)"
             ) from error
-    whole = []
+    tried: dict[int, CorruptRecord | None] = {}
+
+    def can_be_read(place: int) -> bool:
+        if place not in tried:
+            try:
+                examples.speech.rows(batch.indices[[place]], batch.num_samples)
+                tried[place] = None
+            except CorruptRecord as error:
+                tried[place] = error
+        return tried[place] is None
+
+    filled = []
     for place in read:
-        try:
-            examples.speech.rows(batch.indices[[place]], batch.num_samples)
-            whole.append(place)
-        except CorruptRecord as error:
-            print(f"skipped: {error}", file=sys.stderr, flush=True)
-    if not whole:
-        raise CorruptRecord(f"no record of batch {batch.number} can be read.")
-    filled = list(itertools.islice(itertools.cycle(whole), len(read)))
+        others = np.random.default_rng([seed, batch.number, place]).permutation(len(batch.indices)).tolist()
+        filled.append(next(filter(can_be_read, [place, *others]), None))
+        if filled[-1] is None:
+            raise CorruptRecord(f"no record of batch {batch.number} can be read.")
+    for place in read:
+        if tried[place] is not None:
+            print(f"skipped: {tried[place]}", file=sys.stderr, flush=True)
     speech = examples.speech.rows(batch.indices[filled], batch.num_samples)
-    return speech, filled, ~np.isin(read, whole)
+    return speech, filled, np.not_equal(filled, read)
 
 
 def _check_length(utterance: Utterance, tokens: Sequence[int], length: int) -> None:
@@ -310,25 +325,32 @@ def text_lengths(
         return [max_tokens] * len(plan.buckets)
     ends = [bucket.num_samples for bucket in plan.buckets]
     lengths = np.zeros(len(ends), int)
-    total = sum(len(data_set) * len(some) for data_set, some in zip(corpus.data_sets, tasks, strict=True))
+    pairs = list(zip(corpus.data_sets, tasks, strict=True))
+    total = sum(int(data_set.has(task).sum()) for data_set, some in pairs for task in some)
     with tqdm.tqdm(
         total=total, desc="texts", unit="text", dynamic_ncols=True, disable=total < 10 * CHUNK
     ) as bar:
-        for data_set, some in zip(corpus.data_sets, tasks, strict=True):
+        for data_set, some in pairs:
             buckets = np.searchsorted(ends, data_set.num_samples)
             for task in some:
                 texts, start = iter(data_set.texts(task)), 0
+                having = buckets[data_set.has(task)]
                 while chunk := list(itertools.islice(texts, CHUNK)):
                     counts = [len(tokens) for tokens in tokenize(chunk)]
-                    np.maximum.at(lengths, buckets[start : start + len(chunk)], counts)
+                    np.maximum.at(lengths, having[start : start + len(chunk)], counts)
                     start += len(chunk)
                     bar.update(len(chunk))
     # What fills no batch of its bucket is in one of a longer bucket.
     return np.maximum.accumulate(lengths).tolist()
 
 
-def check_tasks(data_set: Any, tasks: Iterable[str]) -> None:
-    """Raises ValueError for a task that is no language, or that a data set has no answers to."""
+def have_any(data_set: DataSet, tasks: Iterable[str]) -> np.ndarray:
+    """bool [N]: which utterances of a data set have an answer to any of the tasks."""
+    return np.any([data_set.has(task) for task in tasks], axis=0)
+
+
+def check_tasks(data_set: DataSet, tasks: Iterable[str]) -> None:
+    """Raises ValueError for a task that is no language, or to which no utterance here has an answer."""
     for task in tasks:
         instructions(task)
         if task != TRANSCRIBE and task not in data_set.languages:
@@ -356,6 +378,11 @@ def language_name(language: str) -> str:
         raise ValueError(f"{language!r} is neither a language's name nor its code (German, de).") from error
 
 
+def has_answer(utterance: Utterance, task: str) -> bool:
+    """Whether there is a right answer to a task: an empty one, to "transcribe", where nobody speaks."""
+    return task == TRANSCRIBE or task in utterance.translations
+
+
 def answer_of(utterance: Utterance, task: str) -> str:
-    """The right answer to a task that `check_tasks` has passed."""
+    """The right answer to a task that the utterance has."""
     return utterance.text if task == TRANSCRIBE else utterance.translations[task]

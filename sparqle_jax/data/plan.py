@@ -86,6 +86,7 @@ class Plan:
 
     sizes, weights: for a mixture, how many of the N examples each data set has, one after the other, and how
     often each is drawn. An epoch ends when the first of them is exhausted; the others go on where they were.
+    used: bool [N], which of the examples are drawn at all; the others count nowhere.
 
     Raises ValueError for recordings longer than the longest bucket, for weights that do not fit, and for
     fewer examples than fill a batch.
@@ -101,11 +102,17 @@ class Plan:
         multiple: int = 1,
         sizes: Sequence[int] | None = None,
         weights: Sequence[float] | None = None,
+        used: np.ndarray | None = None,
     ):
         num_samples = np.asarray(num_samples)
-        sizes = [len(num_samples)] if sizes is None else list(sizes)
-        _check(num_samples, buckets, batch_size, multiple, sizes, weights)
         self.num_samples, self.seed = num_samples, seed
+        sizes = [len(num_samples)] if sizes is None else list(sizes)
+        examples = np.arange(len(num_samples), dtype=np.int32)
+        if used is not None:
+            sizes = [int(some.sum()) for some in np.split(used, np.cumsum(sizes)[:-1])]
+            examples = examples[used]
+            num_samples = num_samples[used]
+        _check(num_samples, buckets, batch_size, multiple, sizes, weights)
         data_set = np.repeat(np.arange(len(sizes), dtype=np.uint16), sizes)
         shares = np.ones(len(sizes))
         if weights is not None:
@@ -131,7 +138,7 @@ class Plan:
         # Each data set's part of each bucket, in an order that stays: epochs are windows of it.
         order = np.random.default_rng(seed).permutation(np.arange(len(num_samples), dtype=np.int32))
         order = order[np.argsort(group[order], kind="stable")]
-        parts = np.split(order, np.cumsum(counts.ravel())[:-1])
+        parts = np.split(examples[order], np.cumsum(counts.ravel())[:-1])
         self._parts = [parts[i : i + len(sizes)] for i in range(0, len(parts), len(sizes))]
         self._windows = drawn
         self._windows[self._largest] = _shares(
@@ -274,6 +281,8 @@ def _check(
         raise ValueError("there are no examples to make batches of.")
     if sum(sizes) != len(num_samples):
         raise ValueError(f"the data sets' sizes {list(sizes)} do not add up to {len(num_samples)} examples.")
+    if not all(sizes):
+        raise ValueError(f"a data set has no examples that are used, of data sets with {list(sizes)}.")
     if weights is not None and (len(weights) != len(sizes) or not all(w > 0 for w in weights)):
         raise ValueError(f"{len(sizes)} data sets need as many weights above 0, not {list(weights)}.")
     if (too_long := num_samples > buckets[-1]).any():

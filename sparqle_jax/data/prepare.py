@@ -6,6 +6,8 @@
     python -m sparqle_jax.data.prepare must_c data/must_c --manual-dir MUSTC/en-de --target de
 
 The data set is a new folder (see data/dataset.py), here or on gs://. It appears only when it is whole.
+A record keeps the translations that it has; --require fr de rejects those that lack one of these.
+--allow-empty takes records with an empty text: recordings in which nobody speaks, to test with.
 Records that can't be used are listed in its rejected.jsonl, each with the reason; when they are more than
 --max-rejected of all, nothing is made but that list. The work is a Beam pipeline: on all cores here, or
 with --beam "runner=DataflowRunner ..." on a cluster that reaches the same folders.
@@ -24,7 +26,7 @@ import numpy as np
 import tensorflow_datasets as tfds
 
 from sparqle_jax import audio, quiet
-from sparqle_jax.data.builder import Limits, prepare
+from sparqle_jax.data.builder import Limits, LostRecords, prepare
 from sparqle_jax.data.dataset import DataSet
 from sparqle_jax.data.sources import Covost2, LibriSpeech, Manifest, MustC, Source
 
@@ -65,6 +67,10 @@ def _parser() -> argparse.ArgumentParser:
     common.add_argument("--max-seconds", type=float, default=Limits.max_seconds)
     common.add_argument(
         "--max-rejected", type=float, default=Limits.max_rejected, help="a share of all records"
+    )
+    common.add_argument("--require", nargs="+", default=[], metavar="CODE", help="translations to be there")
+    common.add_argument(
+        "--allow-empty", action="store_true", help="an empty text: nobody speaks; the recording may be silent"
     )
     common.add_argument("--beam", default="", metavar="OPTIONS", help='such as "runner=DataflowRunner ..."')
     sources = parser.add_subparsers(dest="source", required=True, metavar="SOURCE")
@@ -109,7 +115,9 @@ def _source(args: argparse.Namespace) -> Source:
 def main(argv: list[str] | None = None) -> int:
     parser = _parser()
     args = parser.parse_args(argv)
-    limits = Limits(args.min_seconds, args.max_seconds, args.max_rejected)
+    limits = Limits(
+        args.min_seconds, args.max_seconds, args.max_rejected, tuple(args.require), args.allow_empty
+    )
     if not args.beam:  # on a cluster, what Beam has to say is all that there is to see
         for name in ("apache_beam", "root", "absl"):
             logging.getLogger(name).setLevel(logging.ERROR)
@@ -119,9 +127,20 @@ def main(argv: list[str] | None = None) -> int:
             prepare(args.folder, _source(args), limits, args.beam)
     except (ValueError, FileNotFoundError, FileExistsError) as error:
         parser.error(str(error))
+    except LostRecords as error:
+        print(
+            f"{args.folder} was not made: {error}. That is a mistake in this program: please report it, with "
+            "the lines around the first that is lost.",
+            file=sys.stderr,
+        )
+        return 1
     data = DataSet(args.folder)
     hours = data.num_samples.sum(dtype=np.int64) / audio.SAMPLE_RATE / 3600
     print(f"{args.folder}: {len(data)} utterances, {hours:.2f} hours")
+    if silent := int((~data.has_speech).sum()):
+        print(f"{silent:>9} in which nobody speaks")
+    for code in data.languages:
+        print(f"{int(data.has(code).sum()):>9} with a translation into {code}")
     return 0
 
 

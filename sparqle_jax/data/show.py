@@ -55,7 +55,9 @@ def token_report(data: DataSet, tokenizer: Any) -> str:
                     unread += 1
                 else:
                     known.update(text)
-        lines.append(f"{task}: {total / len(texts):.1f} tokens on average, at most {longest}")
+        lines.append(
+            f"{task}: {len(texts)} texts, {total / len(texts):.1f} tokens on average, at most {longest}"
+        )
         if unread:
             lines.append(f"  {unread} texts have words that the tokenizer does not know")
         if unseen := [c for c in characters if not c.isspace() and is_unseen(c, tokenizer, known)]:
@@ -109,6 +111,11 @@ def main(argv: list[str] | None = None) -> int:
     print(f"{data.folder}: {len(data)} recordings, {seconds.sum() / 3600:.2f} hours")
     print(f"lengths: {seconds.min():.2f} to {seconds.max():.2f} s, mean {seconds.mean():.2f} s")
     print(f"languages: {', '.join(data.spoken)}; translated into: {', '.join(data.languages) or 'none'}")
+    for code in data.languages:
+        if number := int((~data.has(code)).sum()):
+            print(f"without a translation into {code}: {number}")
+    if number := int((~data.has_speech).sum()):
+        print(f"nobody speaks in {number} of them (their text is empty)")
     rejected = [json.loads(line) for line in (data.folder / "rejected.jsonl").read_text().splitlines()]
     for reason, number in collections.Counter(line["reason"] for line in rejected).most_common():
         print(f"rejected, {reason}: {number}")
@@ -121,7 +128,7 @@ def main(argv: list[str] | None = None) -> int:
     for i in np.random.default_rng(0).choice(len(data), min(args.examples, len(data)), replace=False):
         utterance, file = data[int(i)], output / f"{i}.wav"
         soundfile.write(file, data.waveform(int(i)), SAMPLE_RATE, subtype="PCM_16")
-        print(f"{file}: {utterance.text}")
+        print(f"{file}: {utterance.text or '(nobody speaks)'}")
         for code, text in utterance.translations.items():
             print(f"  {code}: {text}")
     print(f"{output / 'lengths.png'}: the lengths")

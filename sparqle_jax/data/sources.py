@@ -1,13 +1,17 @@
-"""What there is to be prepared: the records of LibriSpeech, CoVoST 2, MuST-C, and of one's own manifests.
+"""Sources of data sets: the records of LibriSpeech, CoVoST 2, MuST-C, and of one's own manifests.
 
-A source lists its records in the order of its files, and what can't be used of them with the reason. It opens
-no recording: that is done in parallel, later.
+A source lists its records in the order of its files, and what can't be used of them with the reason; and it
+counts the rows of these files apart from that, so that `prepare` notices a record that was swallowed. It
+opens no recording: that is done in parallel, later.
 """
 
+import codecs
 import csv
 import dataclasses
 import io
+import itertools
 import json
+import re
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from typing import Annotated, Any, Protocol
@@ -46,40 +50,61 @@ class Rejection:
 
 
 Listed = Iterator[Record | Rejection]
+Rows = Iterator[tuple[str, dict[str, str] | Rejection]]  # of a table, each with where it is
+BLANK = " \t\r\n\v\f"  # a line of nothing else is no record: what `bytes.strip` strips
+BROKEN = re.compile(r"\0|\r(?!\n)")  # in a row without its end
+CONTROL = "control character", "a NUL, or a carriage return that ends no line"
+_FIELD = r'(?:"[^"]*(?:""[^"]*)*"|[^",\n]*)'
+CSV_ROW = re.compile(f"{_FIELD}(?:,{_FIELD})*")
 
 
 class Source(Protocol):
-    """languages: into which its records are translated."""
+    """languages: into which some of its records are translated."""
 
     @property
     def languages(self) -> tuple[str, ...]: ...
 
     def records(self) -> Listed: ...
 
+    def count_rows(self) -> int:
+        """How many records and rejections there must be, from the lines of the files."""
 
-def checked(records: Iterable[Record | Rejection], languages: Iterable[str]) -> Listed:
-    """The same records, those rejected that have no text, lack one of these translations, or repeat an id.
 
-    Other translations than these are left out.
+def checked(
+    records: Iterable[Record | Rejection],
+    languages: Iterable[str],
+    *,
+    require: Iterable[str] = (),
+    allow_empty: bool = False,
+) -> Listed:
+    """The same records, but for those that have no text, repeat an id, or lack a translation: rejections.
+
+    Of their translations those into `languages` are kept that are not empty. require: languages into which
+    there must be one. allow_empty: an empty text says that nobody speaks; nothing is required of it then.
     """
     seen = set()
     for record in records:
         if isinstance(record, Rejection):
             yield record
             continue
-        translations = {code: record.translations.get(code, "").strip() for code in languages}
-        lacking = [code for code, text in translations.items() if not text]
+        given = {code: record.translations.get(code, "").strip() for code in languages}
+        translations = {code: text for code, text in given.items() if text}
+        text = record.text.strip()
+        lacking = [code for code in require if code not in translations]
         if not _is_utf8(record.id, record.text, record.speaker, record.language, *translations.values()):
             yield Rejection(record.line, _printable(record.id), "text is not UTF-8")
-        elif not record.text.strip():
-            yield Rejection(record.line, record.id, "no text")
-        elif lacking:
+        elif not text and not allow_empty:
+            detail = "--allow-empty takes it as a recording in which nobody speaks"
+            yield Rejection(record.line, record.id, "no text", detail)
+        elif not text and translations:
+            yield Rejection(record.line, record.id, "no text", "but it has a translation")
+        elif text and lacking:
             yield Rejection(record.line, record.id, f"no translation into {lacking[0]}")
         elif record.id in seen:
             yield Rejection(record.line, record.id, "duplicate id")
         else:
             seen.add(record.id)
-            yield record.model_copy(update={"text": record.text.strip(), "translations": translations})
+            yield record.model_copy(update={"text": text, "translations": translations})
 
 
 @dataclasses.dataclass(frozen=True)
@@ -95,14 +120,12 @@ class LibriSpeech:
 
     def records(self) -> Listed:
         for subset in self.subsets:
-            folder = epath.Path(self.folder) / subset
-            files = sorted(folder.glob("*/*/*.trans.txt"))
-            if not files:
-                raise FileNotFoundError(f"{folder} has no */*/*.trans.txt: it is no subset of LibriSpeech.")
-            for file in files:
+            for file in self._files(subset):
                 with _open_text(file) as lines:
                     for number, line in enumerate(lines, 1):
-                        name, _, text = line.strip().partition(" ")
+                        if not line.strip(BLANK):
+                            continue
+                        name, _, text = line.strip(BLANK).partition(" ")
                         yield _record(
                             f"{subset}/{file.name}:{number}",
                             id=name,
@@ -111,9 +134,15 @@ class LibriSpeech:
                             speaker=name.split("-")[0],
                         )
 
+    def count_rows(self) -> int:
+        return sum(sum(_filled_lines(file)) for subset in self.subsets for file in self._files(subset))
 
-# How Common Voice's and CoVoST's tables are written: a quotation mark is a character as any other.
-COVOST = dict(delimiter="\t", quoting=csv.QUOTE_NONE, escapechar="\\")
+    def _files(self, subset: str) -> list[epath.Path]:
+        folder = epath.Path(self.folder) / subset
+        files = sorted(folder.glob("*/*/*.trans.txt"))
+        if not files:
+            raise FileNotFoundError(f"{folder} has no */*/*.trans.txt: it is no subset of LibriSpeech.")
+        return files
 
 
 @dataclasses.dataclass(frozen=True)
@@ -135,29 +164,51 @@ class Covost2(Translated):
 
     def records(self) -> Listed:
         folder = epath.Path(self.folder)
-        file, validated = folder / f"covost_v2.{self.source}_{self.target}.tsv", folder / "validated.tsv"
-        clips = _rows(validated, ("path", "sentence"), **COVOST)
-        spoken = {row["path"]: row for _, row in clips if row["path"]}
-        # As in CoVoST's own script: "train_covost" are recordings that were added to the split.
-        for line, row in _rows(file, ("path", "translation", "split"), **COVOST):
-            if None in row or None in row.values():
-                yield Rejection(line, _printable(row["path"] or ""), "wrong number of columns")
+        # As in CoVoST's own script, a backslash goes before a quotation mark.
+        clips = _tsv(folder / "validated.tsv", ("path", "sentence"), escaped=True)
+        spoken = {row["path"]: row for _, row in clips if not isinstance(row, Rejection) and row["path"]}
+        for line, row in _tsv(self._file, ("path", "translation", "split"), escaped=True):
+            if isinstance(row, Rejection):
+                yield row
                 continue
-            if row["split"] not in (self.split, f"{self.split}_covost"):
+            if row["split"] not in self._splits:
                 continue
             if row["path"] not in spoken:
-                yield Rejection(line, _printable(row["path"]), "not in validated.tsv")
+                detail = "or its line there has another number of columns than the header"
+                yield Rejection(line, _printable(row["path"]), "not in validated.tsv", detail)
                 continue
             clip = spoken[row["path"]]
             yield _record(
                 line,
                 id=row["path"].rpartition(".")[0] or row["path"],
                 audio=str(folder / "clips" / row["path"]),
-                text=clip["sentence"] or "",
+                text=clip["sentence"],
                 translations={self.target: row["translation"]},
                 language=self.source,
-                speaker=clip.get("client_id") or "",
+                speaker=clip.get("client_id", ""),
             )
+
+    def count_rows(self) -> int:
+        wanted = {split.encode() for split in self._splits}
+        with self._file.open("rb") as lines:
+            header = next(lines).rstrip(b"\r\n").removeprefix(codecs.BOM_UTF8).split(b"\t")
+            place = header.index(b"split")
+            rows = (line.rstrip(b"\r\n") for line in lines if line.strip())
+            return sum(
+                row.count(b"\t") != len(header) - 1
+                or (b"\r" in row or b"\0" in row)
+                or row.split(b"\t")[place] in wanted
+                for row in rows
+            )
+
+    @property
+    def _file(self) -> epath.Path:
+        return epath.Path(self.folder) / f"covost_v2.{self.source}_{self.target}.tsv"
+
+    @property
+    def _splits(self) -> tuple[str, str]:
+        """With the recordings that CoVoST has added to the split, as its own script takes them."""
+        return self.split, f"{self.split}_covost"
 
 
 class MustC(Translated):
@@ -168,7 +219,7 @@ class MustC(Translated):
         import yaml
 
         folder = epath.Path(self.folder) / "data" / self.split
-        files = {name: folder / "txt" / f"{self.split}.{name}" for name in ("yaml", self.source, self.target)}
+        files = {name: self._text(name) for name in ("yaml", self.source, self.target)}
         try:
             with _open_text(files["yaml"]) as file:
                 segments = yaml.load(file, getattr(yaml, "CSafeLoader", yaml.SafeLoader)) or []
@@ -177,16 +228,20 @@ class MustC(Translated):
         texts = {}
         for code in (self.source, self.target):
             with _open_text(files[code]) as file:
-                texts[code] = [line.rstrip("\n") for line in file]
+                texts[code] = [line.rstrip("\r\n") for line in file]
             if len(texts[code]) != len(segments):
                 raise ValueError(
                     f"{files[code]} has {len(texts[code])} lines, but {files['yaml'].name} has "
                     f"{len(segments)} segments: they do not belong together."
                 )
         for number, segment in enumerate(segments):
+            line = f"{files['yaml'].name}:{number + 1}"
+            if not isinstance(segment, dict):
+                yield Rejection(line, "", "wrong value", f"a segment is needed, not {str(segment)[:40]!r}")
+                continue
             name = str(segment.get("wav", ""))
             yield _record(
-                f"{files['yaml'].name}:{number + 1}",
+                line,
                 id=f"{name.removesuffix('.wav')}_{number}",
                 audio=str(folder / "wav" / name) if name else "",
                 text=texts[self.source][number],
@@ -196,6 +251,13 @@ class MustC(Translated):
                 offset=segment.get("offset"),
                 seconds=segment.get("duration"),
             )
+
+    def count_rows(self) -> int:
+        with self._text(self.source).open("rb") as lines:
+            return sum(1 for _ in lines)
+
+    def _text(self, name: str) -> epath.Path:
+        return epath.Path(self.folder) / "data" / self.split / "txt" / f"{self.split}.{name}"
 
 
 # Names of the same thing in manifests of this project, NeMo's and Common Voice's.
@@ -214,7 +276,8 @@ class Manifest:
 
     file: paths in it are relative to its folder. Fields: audio, text; if known id, speaker, language, offset
     and duration in seconds; translations by language: in JSONL {"translations": {"de": ...}}, in TSV and CSV
-    columns translation_de. wanted: the languages of translations to take; None takes all that occur.
+    columns translation_de. In TSV a line is a record, and a quotation mark is a character as any other; in
+    CSV it quotes a field. wanted: the languages of translations to take; None takes all that occur.
     """
 
     file: str
@@ -226,26 +289,47 @@ class Manifest:
         if self.wanted is not None:
             return self.wanted
         records = (record for record in self.records() if isinstance(record, Record))
-        return tuple(sorted({code for record in records for code in record.translations}))
+        return tuple(
+            sorted({code for record in records for code, text in record.translations.items() if text.strip()})
+        )
 
     def records(self) -> Listed:
-        file = epath.Path(self.file)
-        if file.suffix in (".jsonl", ".json"):
+        file, form = epath.Path(self.file), self._form
+        if form == "jsonl":
             yield from self._jsonl(file)
-        elif file.suffix == ".csv":
-            yield from self._table(file, delimiter=",")
-        elif file.suffix == ".tsv":
-            with _open_text(file) as lines:
-                first = next(lines, "")
-            yield from self._table(file, delimiter="\t") if "\t" in first else self._pair(file)
+        elif form == "pair":
+            yield from self._pair(file)
         else:
+            yield from self._table(_csv(file) if form == "csv" else _tsv(file))
+
+    def count_rows(self) -> int:
+        filled = _filled_lines(epath.Path(self.file))
+        if self._form == "jsonl":
+            return sum(filled)
+        if self._form == "csv":
+            # A row ends with each line up to which the quotation marks are even in number.
+            with epath.Path(self.file).open("rb") as lines:
+                marks = itertools.accumulate(line.count(b'"') for line in lines)
+                filled = [some and not count % 2 for some, count in zip(filled, marks, strict=True)]
+            return sum(filled) - 1
+        return sum(filled[1:])  # beneath the header, or the pair's root
+
+    @property
+    def _form(self) -> str:
+        """ "jsonl", "csv", "tsv" or, where a TSV's first line has no tab, "pair". Raises ValueError."""
+        file = epath.Path(self.file)
+        forms = {".jsonl": "jsonl", ".json": "jsonl", ".csv": "csv", ".tsv": "tsv"}
+        if file.suffix not in forms:
             raise ValueError(f"{file} is no manifest: give .jsonl, .tsv or .csv.")
+        with _open_text(file) as lines:
+            first = next(lines, "")
+        return "pair" if file.suffix == ".tsv" and "\t" not in first else forms[file.suffix]
 
     def _jsonl(self, file: epath.Path) -> Listed:
         with _open_text(file) as lines:
             for number, line in enumerate(lines, 1):
                 where = f"{file.name}:{number}"
-                if not line.strip():
+                if not line.strip(BLANK):
                     continue
                 try:
                     fields = json.loads(line)
@@ -255,12 +339,15 @@ class Manifest:
                 if not isinstance(fields, dict):
                     yield Rejection(where, "", "not JSON", f"an object is needed, not {line.strip()[:40]!r}")
                     continue
-                yield self._utterance(where, fields, fields.get("translations") or {})
+                translations = fields.get("translations") or {}
+                if isinstance(translations, dict):
+                    translations = {code: text for code, text in translations.items() if text is not None}
+                yield self._utterance(where, fields, translations)
 
-    def _table(self, file: epath.Path, delimiter: str) -> Listed:
-        for where, row in _rows(file, delimiter=delimiter):
-            if None in row or None in row.values():
-                yield Rejection(where, "", "wrong number of columns")
+    def _table(self, rows: Rows) -> Listed:
+        for where, row in rows:
+            if isinstance(row, Rejection):
+                yield row
                 continue
             translations = {
                 name.removeprefix(TRANSLATION): text
@@ -273,17 +360,19 @@ class Manifest:
             except ValueError as error:
                 yield Rejection(where, "", "wrong value", str(error))
                 continue
-            yield self._utterance(where, {k: v for k, v in row.items() if v} | numbers, translations)
+            # An empty cell says nothing, but for the text's, which may say that nobody speaks.
+            fields = {name: cell for name, cell in row.items() if cell or name in ALIASES["text"]}
+            yield self._utterance(where, fields | numbers, translations)
 
     def _utterance(self, where: str, fields: dict[str, Any], translations: Any) -> Record | Rejection:
         values = {}
         for name, aliases in ALIASES.items():
             given = [fields[alias] for alias in aliases if fields.get(alias) is not None]
             if given:
-                values[name] = given[0]
+                values[name] = next((value for value in given if value != ""), "")
         for name in ("audio", "text"):
-            if values.get(name) in (None, ""):
-                return Rejection(where, str(fields.get("id", "")), f"no {name}")
+            if name not in values or values["audio"] == "":
+                return Rejection(where, _printable(str(fields.get("id", ""))), f"no {name}")
         audio, offset, duration = values["audio"], fields.get("offset"), fields.get("duration")
         if fields.get("target_lang") not in (None, values.get("language", self.language)):
             return Rejection(where, str(fields.get("id", "")), "no transcript", "its text is a translation")
@@ -313,25 +402,35 @@ class Manifest:
         with _open_text(file) as lines, _open_text(texts) as answers:
             root = file.parent / next(lines, "").strip()
             for number, line in enumerate(lines, 2):
-                where, cells = f"{file.name}:{number}", line.rstrip("\n").split("\t")
+                where, cells = f"{file.name}:{number}", line.rstrip("\r\n").split("\t")
                 text = next(answers, None)
                 task = cells[2].strip() if len(cells) > 2 else "transcription"
-                if text is None:
-                    yield Rejection(where, cells[0], "no text", f"{texts.name} has fewer lines")
-                elif len(cells) < 2 or not cells[1].strip().isdigit():
-                    yield Rejection(where, cells[0], "wrong value", "path, samples, task are needed")
+                if not line.strip(BLANK):
+                    if text is not None and text.strip():
+                        raise ValueError(
+                            f"line {number} of {file} is empty, but line {number - 1} of {texts.name} is "
+                            "not: they do not belong together."
+                        )
+                elif BROKEN.search(line.rstrip("\r\n")):
+                    yield Rejection(where, "", *CONTROL)
+                elif text is None:
+                    yield Rejection(where, _printable(cells[0]), "no text", f"{texts.name} has fewer lines")
+                elif len(cells) < 2 or not re.fullmatch("[0-9]+", cells[1].strip()):
+                    detail = "path, samples, task are needed"
+                    yield Rejection(where, _printable(cells[0]), "wrong value", detail)
                 elif task != "transcription":
-                    yield Rejection(where, cells[0], "no transcript", f"the text of a {task!r}")
+                    detail = _printable(f"the text of a {task!r}")
+                    yield Rejection(where, _printable(cells[0]), "no transcript", detail)
                 else:
                     yield _record(
                         where,
                         id=cells[0],
                         audio=str(root / cells[0]),
-                        text=text,
+                        text=text.rstrip("\r\n"),
                         language=self.language,
                         declared=int(cells[1]) / 16_000,
                     )
-            if next(answers, "").strip():
+            if any(line.strip() for line in answers):
                 raise ValueError(f"{texts} has more lines than {file}: they do not belong together.")
 
 
@@ -346,30 +445,105 @@ def _record(line: str, **fields: Any) -> Record | Rejection:
         return Rejection(line, named, "wrong value", f"{where}: {first['msg']}")
 
 
-def _rows(
-    file: epath.Path, needed: tuple[str, ...] = (), **dialect: Any
-) -> Iterator[tuple[str, dict[str | None, Any]]]:
-    """The rows of a table with a header, and where each is. Raises ValueError for a missing column, and for a
-    quotation mark that is not closed."""
+def _tsv(file: epath.Path, needed: tuple[str, ...] = (), *, escaped: bool = False) -> Rows:
+    """The rows of a tab-separated table with a header, and where each is: a line is a row.
+
+    escaped: a backslash is left out, and what follows it is kept. Raises ValueError for what is no header.
+    """
     with _open_text(file) as lines:
-        reader = csv.DictReader(lines, strict=True, **dialect)
-        try:
-            if lacking := set(needed) - set(reader.fieldnames or ()):
-                raise ValueError(f"{file} has no columns {sorted(lacking)}; it has {reader.fieldnames}.")
-            for row in reader:
-                yield f"{file.name}:{reader.line_num}", row
-        except csv.Error as error:
-            raise ValueError(
-                f"{file} is not a table, at or before line {reader.reader.line_num}: {error}."
-            ) from error
+        header = _header(file, next(lines, "").rstrip("\r\n").split("\t"), needed)
+        for number, line in enumerate(lines, 2):
+            if line.strip(BLANK):
+                cells = line.rstrip("\r\n").split("\t")
+                if escaped:
+                    cells = [re.sub(r"\\(.)", r"\1", cell) for cell in cells]
+                yield _row(f"{file.name}:{number}", header, cells, line)
+
+
+def _csv(file: epath.Path) -> Rows:
+    """The rows of a comma-separated table with a header, and where each begins.
+
+    Raises ValueError, naming the line, for a quotation mark that does not begin or end a field, for one that
+    is not closed, and for a quoted field that has another row in it.
+    """
+    with _open_text(file) as lines:
+        header: list[str] = []
+        numbered = enumerate(lines, 1)
+        for number, line in numbered:
+            row, marks, last = [line], line.count('"'), number
+            while marks % 2:  # a quoted field goes on in the next line
+                last, line = next(numbered, (last, None))
+                if line is None:
+                    raise ValueError(f"{file}, line {number}: a quotation mark is not closed in or after it.")
+                row.append(line)
+                marks += line.count('"')
+            text = "".join(row)
+            if not text.strip(BLANK):
+                continue
+            where = f"{file}, line {number}" + f" to {last}" * (last > number)
+            if not CSV_ROW.fullmatch(text.rstrip("\r\n")):
+                raise ValueError(
+                    f"{where}: a stray quotation mark. A field with one must begin and end with one, and "
+                    'have two for each in it: "she said ""yes"""; or give a .tsv, where nothing is quoted.'
+                )
+            if header and BROKEN.search(text.rstrip("\r\n")):
+                yield where, Rejection(f"{file.name}:{number}", "", *CONTROL)
+                continue
+            try:
+                (cells,) = csv.reader(io.StringIO(text.rstrip("\r\n"), newline=""), strict=True)
+            except csv.Error as error:
+                raise ValueError(f"{where} can't be read: {error}.") from error
+            if not header:
+                header = _header(file, cells)
+                continue
+            for cell in cells:
+                if any(part.count(",") >= len(header) - 1 for part in cell.split("\n")[1:]):
+                    raise ValueError(
+                        f"{where}: a quoted field has in it what could be another row. Is a quotation mark "
+                        "missing or too many? If not, take the line break out of it."
+                    )
+            yield _row(f"{file.name}:{number}", header, cells, text)
+
+
+def _header(file: epath.Path, names: list[str], needed: tuple[str, ...] = ()) -> list[str]:
+    """The names of a table's columns. Raises ValueError for one that is missing or there twice."""
+    if lacking := set(needed) - set(names):
+        raise ValueError(f"{file} has no columns {sorted(lacking)}; it has {names}.")
+    if twice := sorted({name for name in names if name and names.count(name) > 1}):
+        raise ValueError(f"{file} has the columns {twice} twice: which of them is meant?")
+    return names
+
+
+def _row(
+    where: str, header: list[str], cells: list[str], text: str
+) -> tuple[str, dict[str, str] | Rejection]:
+    if len(cells) != len(header):
+        detail = f"{len(cells)} columns, the header has {len(header)}"
+        return where, Rejection(where, "", "wrong number of columns", detail)
+    if BROKEN.search(text.rstrip("\r\n")):
+        return where, Rejection(where, "", *CONTROL)
+    return where, dict(zip(header, cells, strict=True))
+
+
+def _filled_lines(file: epath.Path) -> list[bool]:
+    """Which lines of a file are not blank."""
+    with file.open("rb") as lines:
+        return [bool(line.strip()) for line in lines]
 
 
 @contextmanager
 def _open_text(file: epath.Path) -> Iterator[Iterator[str]]:
-    """The lines of a text. Bytes that are not UTF-8 become surrogates, which `checked` finds."""
+    """The lines of a text, which only line feeds end. Bytes that are not UTF-8 become surrogates, which
+    `checked` finds. Raises ValueError for UTF-16, and for lines that end otherwise."""
     if not file.exists():
         raise FileNotFoundError(f"{file} does not exist.")
     with file.open("rb") as binary:
+        if binary.read(2) in (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE):
+            raise ValueError(f"{file} is UTF-16: save it as UTF-8.")
+        binary.seek(0)
+        if re.search(rb"\r(?!\n)", binary.readline().rstrip(b"\r\n")):
+            raise ValueError(f"{file}: its lines end with carriage returns alone: save it with line feeds.")
+        binary.seek(0)
         yield io.TextIOWrapper(binary, encoding="utf-8-sig", errors="surrogateescape", newline="\n")
 
 
