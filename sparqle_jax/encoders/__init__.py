@@ -21,7 +21,12 @@ padded batch gives each example the frames that it has alone.
 
 from types import ModuleType
 
-from sparqle_jax.encoders import hubert
+from sparqle_jax.encoders import hubert, wavlm, whisper
 
 # By the `model_type` in config.json.
-FAMILIES: dict[str, ModuleType] = {"hubert": hubert, "wav2vec2": hubert}
+FAMILIES: dict[str, ModuleType] = {
+    "hubert": hubert,
+    "wav2vec2": hubert,
+    "wavlm": wavlm,
+    "whisper": whisper,
+}
