@@ -19,6 +19,7 @@ from sparqle_jax import adapters, hosts, pretrained
 from sparqle_jax.aligner import Aligner, AlignmentHeads
 from sparqle_jax.compat import Compat
 from sparqle_jax.config import Config, EncoderOptions
+from sparqle_jax.encoders.layer_mix import LayerMix
 from sparqle_jax.llms import lora
 from sparqle_jax.llms.lora import Config as LoraConfig
 from sparqle_jax.model import Projection, SpeechLLM, partition
@@ -185,8 +186,9 @@ def new_speech_llm(
 
 def new_encoder(folder: Path, parts: Parts, *, dtype: DTypeLike, rngs: nnx.Rngs) -> nnx.Module:
     """The encoder of a folder with random weights, of which its config.json alone is read."""
-    part, config = pretrained.encoder_config(folder)
-    return part.Encoder(config, dtype=dtype, param_dtype=dtype, rngs=rngs)
+    part, config = pretrained.encoder_config(folder, **_encoder_fields(parts))
+    encoder = part.Encoder(config, dtype=dtype, param_dtype=dtype, rngs=rngs)
+    return LayerMix(encoder, rngs=rngs) if parts.encoder.layer_mix else encoder
 
 
 def load_encoder(folder: Path, parts: Parts, *, compat: Compat = None, **options) -> nnx.Module:
@@ -194,9 +196,16 @@ def load_encoder(folder: Path, parts: Parts, *, compat: Compat = None, **options
 
     compat="published": as SparQLe's published code.
     """
+    options |= _encoder_fields(parts)
     if compat == "published":
         options |= {"compat": "published", "normalize": "peak"}
-    return pretrained.load_encoder(folder, **options)
+    encoder = pretrained.load_encoder(folder, **options)
+    return LayerMix(encoder, rngs=nnx.Rngs(0)) if parts.encoder.layer_mix else encoder
+
+
+def _encoder_fields(parts: Parts) -> dict[str, Any]:
+    """The fields of the encoder's Config that are chosen."""
+    return parts.encoder.model_dump(exclude={"layer_mix"}, exclude_none=True)
 
 
 # --- Saved and loaded ---------------------------------------------------------------------------------------
@@ -217,10 +226,15 @@ def save(model: SpeechLLM | Aligner, file: str | epath.Path) -> None:
 
 def parts_in(model: SpeechLLM | Aligner) -> Parts:
     """The configurations of a model's parts."""
+    encoder = EncoderOptions(
+        layer_mix=isinstance(model.encoder, LayerMix),
+        pad_to_window=getattr(model.encoder.config, "pad_to_window", None),
+    )
+    both: dict[str, Any] = dict(adapter=model.adapter.config, encoder=encoder)
     if isinstance(model, SpeechLLM):
-        return Parts(adapter=model.adapter.config, lora=model.llm.lora)
+        return Parts(**both, lora=model.llm.lora)
     embed_dim = model.heads.speech_projection.out_features
-    return Parts(adapter=model.adapter.config, vocab_size=model.adapter.vocab_size, embed_dim=embed_dim)
+    return Parts(**both, vocab_size=model.adapter.vocab_size, embed_dim=embed_dim)
 
 
 def read_parts(file: str | Path, **values) -> Parts:

@@ -145,9 +145,12 @@ class EncoderOptions(Model):
     """What a run may choose of its encoder. None: as its folder says.
 
     layer_mix: frames are a learned mix of all layers (as in SpeechVerse and s3prl), in place of the last one.
+    pad_to_window: of Whisper: whether silence fills its window of 30 s, as when it was trained, or short
+    recordings cost less.
     """
 
     layer_mix: bool = False
+    pad_to_window: bool | None = None
 
 
 class EncoderConfig(EncoderOptions):
@@ -245,6 +248,11 @@ class Config(Model):
 
     @pydantic.model_validator(mode="after")
     def _whole(self) -> "Config":
+        if self.encoder.layer_mix and self.data.frames is not None:
+            raise ValueError(
+                "data.frames keep what a frozen encoder makes, but with encoder.layer_mix it trains: set "
+                "data.frames to null"
+            )
         if self.stage1 is None and self.stage2 is None:
             raise ValueError("neither stage1 nor stage2 is there: nothing would be trained")
         if self.data.test == {} and any(s and s.test_every for s in (self.stage1, self.stage2)):

@@ -399,7 +399,9 @@ class SparQLe:
 
     @property
     def _max_samples(self) -> int:
-        return round(self.config.max_seconds * audio.SAMPLE_RATE)
+        window = self.model.encoder.config.max_samples
+        most = round(self.config.max_seconds * audio.SAMPLE_RATE)
+        return most if window is None else min(most, window)
 
     @property
     def _lengths(self) -> list[int]:

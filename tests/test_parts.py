@@ -14,6 +14,7 @@ import sparqle_jax
 from sparqle_jax import adapters, assemble, encoders, flops, llms, tables
 from sparqle_jax.config import OptimConfig
 from sparqle_jax.data.pipeline import SKIPPED
+from sparqle_jax.encoders.layer_mix import LayerMix
 from sparqle_jax.model import SpeechLLM, min_samples, partition
 from sparqle_jax.sharding import batch_sharding, make_mesh, state_sharding
 from sparqle_jax.tensors import Tensor
@@ -34,6 +35,15 @@ ENCODERS = {
     "hubert": encoders.FAMILIES["hubert"].Config(**SPEECH, **CONVOLUTIONS, normalize="variance"),
     "wav2vec2": encoders.FAMILIES["wav2vec2"].Config(
         **SPEECH, **CONVOLUTIONS, feat_extract_norm="layer", do_stable_layer_norm=True
+    ),
+    "wavlm": encoders.FAMILIES["wavlm"].Config(**SPEECH, **CONVOLUTIONS, num_buckets=8),
+    "whisper": encoders.FAMILIES["whisper"].Config(
+        num_mel_bins=8,
+        d_model=WIDTH,
+        encoder_layers=2,
+        encoder_attention_heads=2,
+        encoder_ffn_dim=64,
+        max_source_positions=32,
     ),
 }
 BERT = dict(hidden_size=16, num_attention_heads=2, intermediate_size=32)
@@ -313,11 +323,16 @@ class TestLLM:
 # --- Together ---------------------------------------------------------------------------------------------
 
 PAIRS = [("hubert", kind) for kind in ADAPTERS] + [(family, "qformer") for family in ENCODERS]
+PAIRS += [("wavlm mix", "conv1d")]  # as in SpeechVerse
 
 
 def make_model(family: str, kind: str, llm: str = "llama") -> SpeechLLM:
     rngs = nnx.Rngs(0)
-    encoder = encoders.FAMILIES[family].Encoder(ENCODERS[family], rngs=rngs)
+    encoder = encoders.FAMILIES[family.removesuffix(" mix")].Encoder(
+        ENCODERS[family.removesuffix(" mix")], rngs=rngs
+    )
+    if family.endswith(" mix"):
+        encoder = LayerMix(encoder, rngs=rngs)
     parts = assemble.Parts(adapter=no_dropout(ADAPTERS[kind]))
     model = llms.FAMILIES[llm].LLM(LLMS[llm], rngs=rngs)
     return assemble.make_speech_llm(encoder, parts, model, dtype=jnp.float32, rngs=rngs)
