@@ -50,8 +50,16 @@ def add_tower_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--llm", type=Path, metavar="FOLDER", help="where the model's LLM is here")
 
 
+def can_append(file: Path | epath.Path) -> bool:
+    """Whether a file can grow: objects in buckets can't."""
+    return "://" not in str(file)
+
+
 def write_text(file: Path | epath.Path, text: str) -> None:
     """Writes a file whole or not at all: whoever is stopped while writing leaves the old one."""
+    if not can_append(file):  # an object in a bucket appears when it is whole
+        file.write_text(text, encoding="utf-8")
+        return
     partial = file.with_name(file.name + ".partial")
     partial.write_text(text, encoding="utf-8")
     partial.replace(file)

@@ -5,8 +5,11 @@
 
 --output gets answers.jsonl (a line for every utterance, in the order in which they were answered, with its
 `index` in the data set), results.json (scores of all, by spoken language and by length) and index.html (the
-same, with plots, and the worst utterances to listen to). The same command goes on where it was stopped; with
-another --normalizer it scores the answers that are there anew.
+same, with plots, and the worst utterances to listen to), in a folder or on gs://. The same command goes on
+where it was stopped; with another --normalizer it scores the answers that are there anew.
+
+An utterance is translated into the languages in which it has a reference. Recordings in which nobody speaks
+(`prepare --allow-empty`) are also counted apart: what is answered to them is invented.
 """
 
 import argparse
@@ -17,6 +20,7 @@ import json
 import math
 import os
 import sys
+import time
 import unicodedata
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
@@ -26,12 +30,20 @@ import jinja2
 import jiwer
 import numpy as np
 import tqdm
+from etils import epath
 from sacrebleu.metrics import BLEU, CHRF
 
 from sparqle_jax import checkpoint, commands, hosts, prompts, sharding
 from sparqle_jax.audio import SAMPLE_RATE, UnusableAudio, as_wav
 from sparqle_jax.data.dataset import DataSet
-from sparqle_jax.data.pipeline import TRANSCRIBE, answer_of, check_tasks, instructions, language_name
+from sparqle_jax.data.pipeline import (
+    TRANSCRIBE,
+    answer_of,
+    check_tasks,
+    has_answer,
+    instructions,
+    language_name,
+)
 from sparqle_jax.sparqle import BATCH_SIZE, MINIATURE, SparQLe
 
 ANSWERS, RESULTS, PAGE, IDENTITY = "answers.jsonl", "results.json", "index.html", "evaluation.json"
@@ -44,6 +56,7 @@ WORST = 50  # utterances for each task
 MAX_AUDIO = 30_000_000  # characters of audio in all
 MAX_POINTS = 2000
 FAILED, INTERRUPTED = 1, 130
+KEEP_EVERY = 30  # seconds after which answers are written anew where they can't be appended
 
 # --- Scores --------------------------------------------------------------------------------------------
 
@@ -64,8 +77,9 @@ def score(
     """Of transcripts: wer and cer (jiwer, fractions). Of translations: bleu and chrf (sacrebleu, 0 to 100).
 
     Of both: exact, the share of answers that are the reference, letter for letter. normalizer: what is done
-    to transcripts before their words are compared. Where the references have no word at all, wer and cer
-    are the number of words and letters in the answers, as jiwer has it.
+    to transcripts before their words are compared. Words in answers to an empty reference are insertions, and
+    count as such in wer; where no reference has a word, wer and cer are the number of words and letters in
+    the answers, as jiwer has it.
     """
     exact = sum(a == r for a, r in zip(answers, references, strict=True)) / len(references)
     if task == TRANSCRIBE:
@@ -77,6 +91,33 @@ def score(
         }
     scores = {name: m.corpus_score(answers, [references]).score for name, m in metrics(task).items()}
     return {**scores, "exact": exact}
+
+
+def without_speech(answers: Sequence[str], seconds: float, *, normalizer: str = "none") -> dict[str, Any]:
+    """What a model invents: its answers to recordings in which nobody speaks, `seconds` in all.
+
+    utterances, seconds; with_words: how many answers have any words; words, words_per_utterance and
+    words_per_minute, as the WER counts insertions.
+    """
+    given = list(map(NORMALIZERS[normalizer], answers))
+    words = jiwer.process_words([""] * len(given), given).insertions
+    return {
+        "utterances": len(given),
+        "seconds": seconds,
+        "with_words": sum(bool(text.strip()) for text in given),
+        "words": words,
+        "words_per_utterance": words / len(given),
+        "words_per_minute": 60 * words / seconds,
+    }
+
+
+def silence_line(found: dict[str, Any]) -> str:
+    """What `without_speech` has found, as text."""
+    return (
+        f"nobody speaks in {found['utterances']} ({_duration(found['seconds'])}): {found['with_words']} got "
+        f"words, {found['words']} in all, {found['words_per_utterance']:.2f} a recording, "
+        f"{found['words_per_minute']:.1f} a minute"
+    )
 
 
 def score_one(task: str, reference: str, answer: str, *, normalizer: str = "none") -> dict[str, float]:
@@ -111,12 +152,15 @@ def _code(language: str) -> str:
 
 
 def table(scores: dict[str, dict[str, Any]]) -> str:
-    """Scores of several evaluations as text: a row for each, with its name."""
-    columns = _columns(next(iter(scores.values())))
+    """Scores of several evaluations as text: a row for each, with its name. A task may have `n` beside its
+    scores: the number of its references."""
+    columns = _columns(dict.fromkeys(task for by_task in scores.values() for task in by_task))
+    counted = {task for by_task in scores.values() for task in by_task if "n" in by_task[task]}
+    columns = [column for column in columns if column[1] != "n" or column[0] in counted]
     width = max(map(len, scores))
     lines = [" " * width + "".join(f"{title:>10}" for *_, title in columns)]
     for name, by_task in scores.items():
-        cells = [f"{_number(key, by_task[task][key]):>10}" for task, key, _ in columns]
+        cells = [f"{_cell(by_task, task, key):>10}" for task, key, _ in columns]
         lines.append(f"{name:<{width}}" + "".join(cells))
     return "\n".join(lines)
 
@@ -129,13 +173,36 @@ def _columns(tasks: Iterable[str]) -> list[tuple[str, str, str]]:
         for column in (
             [("wer", "WER"), ("cer", "CER")]
             if task == TRANSCRIBE
-            else [("bleu", f"BLEU {task}"), ("chrf", f"chrF {task}")]
+            else [("n", f"n {task}"), ("bleu", f"BLEU {task}"), ("chrf", f"chrF {task}")]
         )
     ]
 
 
+def _cell(by_task: dict[str, Any], task: str, key: str) -> str:
+    """A score in a table; a dash where nothing could be scored."""
+    value = by_task.get(task, {}).get(key)
+    return "-" if value is None else _number(key, value)
+
+
+def _shown(scores: dict[str, Any], name: str) -> dict[str, dict[str, Any]]:
+    """The scores of the groups of a kind (see `group`) for tables: with the number of references to tasks for
+    which not all utterances have one, and without a WER where nobody speaks."""
+    counted = [task for task, n in scores["all"]["references"].items() if n < scores["all"]["utterances"]]
+    shown = {}
+    for key, one in ({"all": scores["all"]} if name == "all" else scores[name]).items():
+        by_task = {task: dict(some) for task, some in one["scores"].items()}
+        if one.get("without speech", {}).get("utterances") == one["utterances"]:
+            by_task.pop(TRANSCRIBE)
+        for task in counted:
+            by_task.setdefault(task, {})["n"] = one["references"][task]
+        shown[key] = by_task
+    return shown
+
+
 def _number(name: str, value: float) -> str:
     """As a table has it: wer and cer in percent."""
+    if name == "n":
+        return str(value)
     return f"{value:.1f}" if name in ("bleu", "chrf") else f"{value:.1%}"
 
 
@@ -146,18 +213,28 @@ def length_name(seconds: float) -> str:
 
 
 def group(rows: Sequence[dict[str, Any]], tasks: Sequence[str], normalizer: str) -> dict[str, Any]:
-    """Scores of rows of answers.jsonl: of all, by spoken language and by length."""
+    """Scores of rows of answers.jsonl: of all, by spoken language and by length; each with its number of
+    references by task, and with what `without_speech` finds if nobody speaks in some."""
 
     def scored(some: Sequence[dict[str, Any]]) -> dict[str, Any]:
-        texts = {
-            task: [[row[task][what] for row in some] for what in ("reference", "answer")] for task in tasks
-        }
-        scores = {task: score(task, *both, normalizer=normalizer) for task, both in texts.items()}
-        return {
+        scores, references = {}, {}
+        for task in tasks:
+            both = [[row[task][what] for row in some if task in row] for what in ("reference", "answer")]
+            references[task] = len(both[0])
+            if both[0]:
+                scores[task] = score(task, *both, normalizer=normalizer)
+        silent = [row for row in some if not row[TRANSCRIBE]["reference"]]
+        found = {
             "utterances": len(some),
             "seconds": math.fsum(row["seconds"] for row in some),
+            "references": references,
             "scores": scores,
         }
+        if silent:
+            answers = [row[TRANSCRIBE]["answer"] for row in silent]
+            seconds = math.fsum(row["seconds"] for row in silent)
+            found["without speech"] = without_speech(answers, seconds, normalizer=normalizer)
+        return found
 
     def by(name: Callable[[dict[str, Any]], str], order: Iterable[dict[str, Any]]) -> dict[str, Any]:
         names = dict.fromkeys(map(name, order))
@@ -216,19 +293,27 @@ class Evaluation:
     def batches(self) -> list[list[int]]:
         """The utterances of each batch, by number: the longest first, which need the most memory.
 
-        What is too long to be heard at once is in batches of its own.
+        All of a batch have references for the same tasks. What is too long to be heard at once is in batches
+        of its own.
         """
         lengths = self.data_set.num_samples
-        order = np.argsort(-lengths, kind="stable").tolist()
-        long = 0 if self.from_text else int((lengths > self._at_once).sum())
+        order = np.argsort(-lengths, kind="stable")
+        having = sum(self.data_set.has(task).astype(int) << i for i, task in enumerate(self.tasks))[order]
         size = 1 if self.sparqle.config.compat == "published" else self.batch_size  # whose mask is inverted
-        parts = (order[:long], order[long:])
-        return [part[i : i + size] for part in parts for i in range(0, len(part), size)]
+        batches = []
+        for same in dict.fromkeys(having.tolist()):
+            some = order[having == same]
+            long = 0 if self.from_text else int((lengths[some] > self._at_once).sum())
+            for part in (some[:long].tolist(), some[long:].tolist()):
+                batches += [part[i : i + size] for i in range(0, len(part), size)]
+        return batches
 
     def answers(self, done: int = 0) -> Iterator[tuple[list[int], dict[str, list[str]]]]:
         """Batches, and by task the answers to them; batches among the first `done` utterances are left out.
 
-        Raises ValueError for a recording that can't be heard, naming the utterance. All hosts must call this.
+        The answer to a silent recording in which nobody speaks is empty, without the model: nothing can be
+        heard. Raises ValueError for others that can't be heard, naming the utterance. All hosts must call
+        this.
         """
         seconds = self.data_set.num_samples / SAMPLE_RATE
         batches = self.batches()
@@ -254,24 +339,39 @@ class Evaluation:
 
     def _answer(self, batch: list[int]) -> dict[str, list[str]]:
         sparqle, config = self.sparqle, self.sparqle.generation_config(**self.settings)
-        asked = {task: instructions(task)[0] for task in self.tasks}
+        utterances = [self.data_set[index] for index in batch]
+        asked = {task: instructions(task)[0] for task in self.tasks if has_answer(utterances[0], task)}
         if self.from_text:
-            texts = [self.data_set[index].text for index in batch]
-            return {task: sparqle.answer_text(texts, asked[task], config) for task in self.tasks}
+            texts = [utterance.text for utterance in utterances]
+            return {task: sparqle.answer_text(texts, asked[task], config) for task in asked}
         if self.data_set.num_samples[batch].max() > self._at_once:
-            return {task: self._listen(batch, asked[task]) for task in self.tasks}
-        frames = sparqle.encode(self._heard(batch))  # once, for all tasks
-        return {task: sparqle.answer(frames, len(batch), asked[task], config) for task in self.tasks}
+            return {task: self._listen(batch, asked[task]) for task in asked}
+        waveforms = self._heard(batch)
+        answers = {task: [""] * len(batch) for task in asked}
+        if heard := [place for place, waveform in enumerate(waveforms) if waveform is not None]:
+            frames = sparqle.encode([waveforms[place] for place in heard])  # once, for all tasks
+            for task, texts in answers.items():
+                given = sparqle.answer(frames, len(heard), asked[task], config)
+                for place, text in zip(heard, given, strict=True):
+                    texts[place] = text
+        return answers
 
-    def _heard(self, batch: list[int]) -> list[np.ndarray]:
-        waveforms = [self.data_set.waveform(index) for index in batch]
-        for index, waveform in zip(batch, waveforms, strict=True):
+    def _heard(self, batch: list[int]) -> list[np.ndarray | None]:
+        """The recordings of a batch; None for silence in which nobody speaks."""
+        waveforms: list[np.ndarray | None] = [self.data_set.waveform(index) for index in batch]
+        for place, (index, waveform) in enumerate(zip(batch, waveforms, strict=True)):
             if len(waveform) <= self._at_once:
                 try:
                     self.sparqle.check(waveform)
                 except UnusableAudio as error:
-                    raise self._named(index, error) from error
+                    if not self._is_right(index, error):
+                        raise self._named(index, error) from error
+                    waveforms[place] = None
         return waveforms
+
+    def _is_right(self, index: int, error: Exception) -> bool:
+        """Whether nothing can be heard where nobody speaks."""
+        return getattr(error, "reason", "") == "silent" and not self.data_set[index].text
 
     def _listen(self, batch: list[int], instruction: str) -> list[str]:
         """The answers to recordings that are heard window by window."""
@@ -279,9 +379,9 @@ class Evaluation:
         texts = []
         heard = self.sparqle.listen(recordings, instruction, batch_size=self.batch_size, **self.settings)
         for index, result in zip(batch, heard, strict=True):
-            if isinstance(result, Exception):
+            if isinstance(result, Exception) and not self._is_right(index, result):
                 raise self._named(index, result) from result
-            texts.append(result.text)
+            texts.append("" if isinstance(result, Exception) else result.text)
         return texts
 
     def _named(self, index: int, error: Exception) -> ValueError:
@@ -296,7 +396,7 @@ def evaluate(
     from_text: bool = False,
     normalizer: str = "none",
 ) -> tuple[dict[str, Any], list[dict[str, str]]]:
-    """Scores by task, and for every utterance its answers by task.
+    """Scores by task, and for every utterance its answers to the tasks for which it has a reference.
 
     from_text: the LLM reads the written text instead of hearing it: what it could reach at best. Scores are
     those of `score`, for "transcribe" and each language. Raises ValueError for a language without references,
@@ -309,7 +409,12 @@ def evaluate(
             for index, text in zip(batch, texts, strict=True):
                 answers[index][task] = text
     scores = {
-        task: score(task, list(data_set.texts(task)), [row[task] for row in answers], normalizer=normalizer)
+        task: score(
+            task,
+            list(data_set.texts(task)),
+            [row[task] for row in answers if task in row],
+            normalizer=normalizer,
+        )
         for task in evaluation.tasks
     }
     return scores, answers
@@ -318,7 +423,7 @@ def evaluate(
 # --- Files ---------------------------------------------------------------------------------------------
 
 
-def rows_there(folder: Path, identity: dict[str, Any], order: Sequence[int]) -> list[dict[str, Any]]:
+def rows_there(folder: epath.Path, identity: dict[str, Any], order: Sequence[int]) -> list[dict[str, Any]]:
     """The rows of answers.jsonl that there are, whole ones; what was cut off behind them is deleted.
 
     A new folder gets the identity. Raises ValueError for answers of another evaluation, naming what differs,
@@ -328,7 +433,7 @@ def rows_there(folder: Path, identity: dict[str, Any], order: Sequence[int]) -> 
     file, header = folder / ANSWERS, folder / IDENTITY
     if not file.exists():
         commands.write_text(header, json.dumps(identity, indent=1) + "\n")
-        file.touch()
+        commands.write_text(file, "")
         return []
     there = json.loads(header.read_text()) if header.exists() else {}
     if found := checkpoint.differences(there, identity):
@@ -338,7 +443,7 @@ def rows_there(folder: Path, identity: dict[str, Any], order: Sequence[int]) -> 
         )
     content = file.read_bytes()
     whole = content[: content.rfind(b"\n") + 1]
-    if len(whole) < len(content):
+    if len(whole) < len(content) and commands.can_append(file):
         os.truncate(file, len(whole))
     rows = []
     for number, line in enumerate(whole.split(b"\n")[:-1]):
@@ -352,10 +457,13 @@ def rows_there(folder: Path, identity: dict[str, Any], order: Sequence[int]) -> 
     return rows
 
 
-def collect(evaluation: Evaluation, identity: dict[str, Any], output: Path | None) -> list[dict[str, Any]]:
+def collect(
+    evaluation: Evaluation, identity: dict[str, Any], output: epath.Path | None
+) -> list[dict[str, Any]]:
     """A row for every utterance, in the order in which they are answered; on the first host all of them.
 
-    With a folder, rows that are there are kept, and others added batch by batch. Raises ValueError.
+    With a folder, rows that are there are kept, and others added batch by batch; on gs://, where nothing can
+    be appended, all are written anew every KEEP_EVERY seconds and in the end. Raises ValueError.
     """
     order = [index for batch in evaluation.batches() for index in batch]
     rows, failed = [], ""
@@ -367,6 +475,18 @@ def collect(evaluation: Evaluation, identity: dict[str, Any], output: Path | Non
     done = hosts.agreed(-1 if failed else len(rows))
     if done < 0:
         raise ValueError(failed or "the first host can't go on, and says why.")
+    file = output / ANSWERS if output is not None and hosts.is_first() else None
+    try:
+        _add_rows(evaluation, rows, done, file)
+    finally:
+        if file is not None and not commands.can_append(file):
+            commands.write_text(file, "".join(map(_line, rows)))
+    return rows
+
+
+def _add_rows(evaluation: Evaluation, rows: list[dict[str, Any]], done: int, file: epath.Path | None) -> None:
+    """Adds the rows that are lacking, and writes them to a file as they come. done: of the first host's."""
+    written = time.monotonic()
     for batch, by_task in evaluation.answers(done):
         new = []
         for place, index in enumerate(batch):
@@ -385,10 +505,12 @@ def collect(evaluation: Evaluation, identity: dict[str, Any], output: Path | Non
         known = {row["index"] for row in rows[-len(batch) :]}
         new = [row for row in new if row["index"] not in known]
         rows += new
-        if output is not None and hosts.is_first():
-            with (output / ANSWERS).open("a", encoding="utf-8") as file:
-                file.writelines(map(_line, new))
-    return rows
+        if file is not None and commands.can_append(file):
+            with file.open("a", encoding="utf-8") as answers:
+                answers.writelines(map(_line, new))
+        elif file is not None and time.monotonic() - written > KEEP_EVERY:
+            commands.write_text(file, "".join(map(_line, rows)))
+            written = time.monotonic()
 
 
 def _line(row: dict[str, Any]) -> str:
@@ -406,11 +528,13 @@ def summarize(identity: dict[str, Any], rows: Sequence[dict[str, Any]], normaliz
 
 
 def write_results(
-    folder: Path, results: dict[str, Any], rows: Sequence[dict[str, Any]], data_set: DataSet
+    folder: epath.Path, results: dict[str, Any], rows: Sequence[dict[str, Any]], data_set: DataSet
 ) -> None:
     """Writes results.json, index.html, and answers.jsonl anew, with the scores of every answer."""
     for row in rows:
         for task in results["tasks"]:
+            if task not in row:
+                continue
             text = row[task]
             text |= score_one(task, text["reference"], text["answer"], normalizer=results["normalizer"])
     commands.write_text(folder / ANSWERS, "".join(map(_line, rows)))
@@ -467,20 +591,31 @@ def page(results: dict[str, Any], rows: Sequence[dict[str, Any]], data_set: Data
             clips[row["index"]] = as_wav(data_set.samples(row["index"]))
             room -= len(clips[row["index"]])
     scores = results["scores"]
+    shown = {"": _shown(scores, "all")} | {
+        name: _shown(scores, name) for name in ("by language", "by length")
+    }
+    counted = {task for task, some in shown[""]["all"].items() if "n" in some}
+    spoken = [row for row in rows if row[TRANSCRIBE]["reference"]]
     environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True)
     environment.filters |= {"number": _number, "language": _language}
     return environment.from_string(TEMPLATE.read_text(encoding="utf-8")).render(
         title=f"{results['model']['folder']} on {data_set.folder.name}",
         duration=_duration,
         results=results,
-        columns=_columns(tasks),
+        columns=[column for column in _columns(tasks) if column[1] != "n" or column[0] in counted],
         groups={
             "": {"all": scores["all"]},
             "by language": scores["by language"],
             "by length": scores["by length"],
         },
-        bars=histogram([row[TRANSCRIBE]["wer"] for row in rows]),
-        points=[(row["seconds"], row[TRANSCRIBE]["wer"]) for row in rows[:: -(-len(rows) // MAX_POINTS)]],
+        shown=shown,
+        cell=_cell,
+        silence_line=silence_line,
+        bars=histogram([row[TRANSCRIBE]["wer"] for row in spoken]) if spoken else [],
+        num_spoken=len(spoken),
+        points=[
+            (row["seconds"], row[TRANSCRIBE]["wer"]) for row in spoken[:: -(-len(spoken) // MAX_POINTS) or 1]
+        ],
         longest=(longest := max(row["seconds"] for row in rows)),
         marks=_marks(longest),
         worst={
@@ -496,7 +631,7 @@ def worst_of(rows: Iterable[dict[str, Any]], task: str) -> list[dict[str, Any]]:
     if task == TRANSCRIBE:
         wrong = [row for row in rows if row[task]["wer"]]
         return sorted(wrong, key=lambda row: (-row[task]["wer"], -row[task]["cer"], row["index"]))[:WORST]
-    wrong = [row for row in rows if row[task]["answer"] != row[task]["reference"]]
+    wrong = [row for row in rows if task in row and row[task]["answer"] != row[task]["reference"]]
     return sorted(wrong, key=lambda row: (row[task]["chrf"], row["index"]))[:WORST]
 
 
@@ -519,10 +654,13 @@ def _card(row: dict[str, Any], task: str, normalizer: str) -> dict[str, Any]:
     by_character = _code(language) in WITHOUT_SPACES
     normalizer = normalizer if task == TRANSCRIBE else "none"
     titles = {"wer": "WER", "cer": "CER", "chrf": "chrF"}
+    scores = [(titles[name], _number(name, text[name])) for name in titles if name in text]
+    if not text["reference"]:
+        scores = [("nobody speaks, extra words", f"{text['wer']:.0f}")]
     return {
         "row": row,
         "lang": language,
-        "scores": [(titles[name], _number(name, text[name])) for name in titles if name in text],
+        "scores": scores,
         "pieces": differences(text["reference"], text["answer"], normalizer, by_character=by_character),
         "between": "" if by_character else " ",
     }
@@ -558,7 +696,7 @@ def make_parser() -> argparse.ArgumentParser:
         default="basic",
         help="of transcripts, before their words are compared: none, or basic: lower case, no punctuation",
     )
-    parser.add_argument("--output", type=Path, metavar="DIR", help="for answers, scores and the page")
+    parser.add_argument("--output", type=epath.Path, metavar="DIR", help="for what it finds; also gs://")
     parser.add_argument("--batch-size", type=int, default=BATCH_SIZE, metavar="N", help=f"({BATCH_SIZE})")
     parser.add_argument(
         "--mesh",
@@ -618,7 +756,14 @@ def main(argv: list[str] | None = None) -> int:
         return INTERRUPTED
     scores = results["scores"]
     named = {"all": scores["all"], **scores["by language"], **scores["by length"]}
-    print(table({f"{name} ({one['utterances']})": one["scores"] for name, one in named.items()}))
+    shown = {
+        name: one
+        for kind in ("all", "by language", "by length")
+        for name, one in _shown(scores, kind).items()
+    }
+    print(table({f"{name} ({named[name]['utterances']})": one for name, one in shown.items()}))
+    if "without speech" in scores["all"]:
+        print(silence_line(scores["all"]["without speech"]))
     print(f"normalizer of transcripts: {args.normalizer}")
     for task, names in results["signatures"].items():
         print(*(f"{name} {task}: {signature}" for name, signature in names.items()), sep="\n")

@@ -59,7 +59,7 @@ from sparqle_jax.data.pipeline import (
     have_any,
 )
 from sparqle_jax.data.plan import Batch, Plan, choose_buckets
-from sparqle_jax.evaluate import evaluate, table
+from sparqle_jax.evaluate import evaluate, silence_line, table, without_speech
 from sparqle_jax.model import SpeechLLM, min_samples, partition
 from sparqle_jax.sharding import (
     MESH_AXES,
@@ -501,7 +501,7 @@ class _Log:
 
     def flush(self) -> None:
         """Brings what was written to a bucket, whose files can't be appended to."""
-        if self.board is not None and not _can_append(self.file):
+        if self.board is not None and not commands.can_append(self.file):
             commands.write_text(self.file, "".join(self.lines))
 
     @contextmanager
@@ -560,16 +560,11 @@ class _Log:
         if self.board is None:
             return
         self.lines.append(json.dumps({"step": step, **row}) + "\n")
-        if _can_append(self.file):
+        if commands.can_append(self.file):
             with open(self.file, "a") as file:
                 file.write(self.lines[-1])
         for name, value in row.items():
             self.board.add_scalar(name, value, step)
-
-
-def _can_append(file: epath.Path) -> bool:
-    """Objects in buckets can't be appended to."""
-    return "://" not in str(file)
 
 
 class Run:
@@ -937,9 +932,19 @@ def _once(file: epath.Path, make: Callable[[], dict[str, Any]]) -> dict[str, Any
 def _evaluate_answers(
     sparqle: SparQLe, tests: dict[str, DataSet], languages: tuple[str, ...]
 ) -> dict[str, Any]:
-    results = {name: evaluate(sparqle, test, languages)[0] for name, test in tests.items()}
+    results, lines = {}, []
+    for name, test in tests.items():
+        results[name], answers = evaluate(sparqle, test, languages)
+        for task in languages:
+            if (number := int(test.has(task).sum())) < len(test):
+                lines.append(f"{name}: {number} of {len(test)} utterances have a reference in {task}")
+        silent = np.flatnonzero(~test.has_speech)
+        if len(silent):
+            seconds = float(test.num_samples[silent].sum()) / audio.SAMPLE_RATE
+            found = without_speech([answers[i][TRANSCRIBE] for i in silent], seconds)
+            lines.append(f"{name}: {silence_line(found)}")
     if results:
-        hosts.say(table(results))
+        hosts.say("\n".join([table(results), *lines]))
     return results
 
 

@@ -260,6 +260,112 @@ def test_what_is_longer_than_the_model_hears_at_once_is_heard_in_windows(small_w
     assert long["transcribe"]["answer"] == expected
 
 
+def test_a_score_that_is_not_there_has_a_dash_and_references_are_counted_where_some_lack():
+    all_of_them = {"transcribe": {"wer": 0.5, "cer": 0.25}, "fr": {"bleu": 10.0, "chrf": 20.0, "n": 3}}
+    lines = table({"a": all_of_them, "b": {"fr": {"n": 0}}}).splitlines()
+    assert lines[0].split() == ["WER", "CER", "n", "fr", "BLEU", "fr", "chrF", "fr"]
+    assert lines[1].split() == ["a", "50.0%", "25.0%", "3", "10.0", "20.0"]
+    assert lines[2].split() == ["b", "-", "-", "0", "-", "-"]
+
+
+def test_words_where_nobody_speaks_are_insertions():
+    # 4 words, 1 substituted; and 3 that nobody said.
+    scores = score("transcribe", ["a b c d", "", ""], ["a x c d", "y y y", ""])
+    assert scores["wer"] == pytest.approx((1 + 3) / 4)
+    assert scores["exact"] == pytest.approx(1 / 3)
+    found = evaluate.without_speech(["Thank you!", "", "...", "Bye."], 90.0, normalizer="basic")
+    assert found == {
+        "utterances": 4,
+        "seconds": 90.0,
+        "with_words": 2,
+        "words": 3,
+        "words_per_utterance": 0.75,
+        "words_per_minute": 2.0,
+    }
+    line = evaluate.silence_line(found)
+    assert line == "nobody speaks in 4 (1:30 min): 2 got words, 3 in all, 0.75 a recording, 2.0 a minute"
+
+
+@pytest.fixture(scope="module")
+def partly(small_world, tmp_path_factory):
+    """The heard utterances, of which 1, 4 and 6 have a French translation, then silence of two lengths, one
+    longer than the model hears at once, and noise: nobody speaks in them."""
+    heard, folder = DataSet(small_world / "heard"), tmp_path_factory.mktemp("partly")
+    rows = []
+    for i, utterance in enumerate(heard):
+        soundfile.write(folder / f"{i}.wav", heard.samples(i), 16_000, subtype="PCM_16")
+        french = {"fr": utterance.translations["fr"]} if i in (1, 4, 6) else {}
+        rows.append({"id": utterance.id, "text": utterance.text, "translations": french})
+    noise = 0.1 * np.random.default_rng(0).normal(size=24_000)
+    for waveform in (np.zeros(24_000), np.zeros(8 * 16_000), noise):
+        soundfile.write(folder / f"{len(rows)}.wav", waveform, 16_000)
+        rows.append({"text": ""})
+    lines = [json.dumps({"audio": f"{i}.wav", **row}) + "\n" for i, row in enumerate(rows)]
+    (folder / "m.jsonl").write_text("".join(lines))
+    arguments = ["manifest", str(folder / "data"), "--manifest", str(folder / "m.jsonl"), "--allow-empty"]
+    assert prepare.main([*arguments, "--beam", "runner=DirectRunner"]) == 0
+    return folder / "data"
+
+
+def test_only_what_has_a_reference_is_scored_and_nobody_speaking_apart(partly, done, tmp_path, capsys):
+    assert SparQLe.from_pretrained().config.max_seconds < 8
+    results = run(partly, tmp_path, "--batch-size", "3")
+    said = capsys.readouterr().out
+    rows = {row["index"]: row for row in lines(tmp_path)}
+    assert sorted(rows) == list(range(11))
+    expected = {row["index"]: row for row in lines(done)}
+    for i in range(8):  # as of the data set in which all have a translation
+        assert rows[i]["transcribe"] == expected[i]["transcribe"]
+        assert rows[i].get("fr") == (expected[i]["fr"] if i in (1, 4, 6) else None)
+    everything = results["scores"]["all"]
+    assert everything["references"] == {"transcribe": 11, "fr": 3}
+    texts = [[expected[i]["fr"][what] for i in (1, 4, 6)] for what in ("reference", "answer")]
+    assert everything["scores"]["fr"] == score("fr", *texts)
+
+    assert rows[8]["transcribe"]["answer"] == rows[9]["transcribe"]["answer"] == ""
+    invented = len(basic(rows[10]["transcribe"]["answer"]).split())
+    assert rows[10]["transcribe"]["wer"] == invented
+    found = everything["without speech"]
+    assert (found["utterances"], found["words"], found["with_words"]) == (3, invented, int(invented > 0))
+    assert found["words_per_minute"] == pytest.approx(invented / 11 * 60)
+    assert everything["utterances"] == 11
+    words = sum(len(basic(expected[i]["transcribe"]["reference"]).split()) for i in range(8))
+    wrong = sum(
+        expected[i]["transcribe"]["wer"] * len(basic(expected[i]["transcribe"]["reference"]).split())
+        for i in range(8)
+    )
+    assert everything["scores"]["transcribe"]["wer"] == pytest.approx((wrong + invented) / words)
+
+    line = evaluate.silence_line(found)
+    assert line in said
+    assert line in (tmp_path / "index.html").read_text()
+    assert said.splitlines()[0].split()[:4] == ["WER", "CER", "n", "fr"]
+    assert re.search(r"^all \(11\) +[\d.]+% +[\d.]+% +3 ", said, re.M)
+    assert results["scores"]["by length"]["5-10 s"]["utterances"] == 1  # the longer silence, without a WER
+    assert re.search(r"^5-10 s \(1\) +- +- +0 +- +-$", said, re.M)
+
+    by_task, answers = evaluate.evaluate(SparQLe.from_pretrained(), DataSet(partly), ["fr"])
+    assert by_task["fr"] == everything["scores"]["fr"]
+    assert [i for i, row in enumerate(answers) if "fr" in row] == [1, 4, 6]
+
+
+def test_a_data_set_in_which_nobody_speaks_at_all(tmp_path, capsys):
+    for i in range(2):
+        soundfile.write(tmp_path / f"{i}.wav", np.zeros(16_000), 16_000)
+    rows = "".join(f'{{"audio": "{i}.wav", "text": ""}}\n' for i in range(2))
+    (tmp_path / "m.jsonl").write_text(rows)
+    arguments = ["manifest", str(tmp_path / "data"), "--manifest", str(tmp_path / "m.jsonl")]
+    with pytest.raises(SystemExit):
+        prepare.main([*arguments, "--beam", "runner=DirectRunner"])
+    assert "none of 2 records can be used" in capsys.readouterr().err
+    assert prepare.main([*arguments, "--allow-empty", "--beam", "runner=DirectRunner"]) == 0
+    assert "2 in which nobody speaks" in capsys.readouterr().out
+    assert evaluate.main(["miniature", str(tmp_path / "data"), "--output", str(tmp_path / "out")]) == 0
+    line = "nobody speaks in 2 (0:02 min): 0 got words, 0 in all, 0.00 a recording, 0.0 a minute"
+    assert line in capsys.readouterr().out
+    assert line in (tmp_path / "out/index.html").read_text()
+
+
 def test_mistakes_in_the_command_are_said(small_world, tmp_path, capsys):
     data = str(small_world / "heard")
     for arguments, message in [
