@@ -4,6 +4,7 @@
       from_dict(config, preprocessor)   from transformers' config.json and preprocessor_config.json (None: no
                                     file is read); ValueError for what is not supported
       width                         D, of the frames
+      num_hidden_layers             of which `hidden_states` gives one more
       min_samples, max_samples      the shortest waveform that gives a frame; the longest that is heard at
                                     once, None for any
       num_frames(samples)           T of a waveform of so many samples (int or array)
