@@ -43,14 +43,8 @@ from sparqle_jax.sharding import (
     replicated,
     state_sharding,
 )
-from sparqle_jax.train import (
-    TrainState,
-    abstract_state,
-    make_optimizer,
-    make_plan,
-    make_update,
-    state_shardings,
-)
+from sparqle_jax.stages import make_plan
+from sparqle_jax.step import TrainState, abstract_state, make_optimizer, make_update, state_shardings
 
 GIB = 2**30
 STAGES = ("stage1", "stage2")

@@ -17,8 +17,8 @@ from sparqle_jax.data.pipeline import SKIPPED
 from sparqle_jax.encoders.layer_mix import LayerMix
 from sparqle_jax.model import SpeechLLM, min_samples, partition
 from sparqle_jax.sharding import batch_sharding, make_mesh, state_sharding
+from sparqle_jax.step import TrainState, make_optimizer, make_update, state_shardings
 from sparqle_jax.tensors import Tensor
-from sparqle_jax.train import TrainState, make_optimizer, make_update, state_shardings
 from tests.conftest import call
 
 WIDTH = 32

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import pytest
 from flax import nnx
 
-from sparqle_jax import plan_tpu, train
+from sparqle_jax import loop, plan_tpu, train
 from sparqle_jax.chips import CHIPS, topology
 from sparqle_jax.config import read_config
 from sparqle_jax.data.plan import Bucket
@@ -355,7 +355,7 @@ def test_models_buckets_and_batches_are_those_of_training(start, small_world, tm
         assert shapes(nnx.state(planner.modules[stage.name])) == shapes(nnx.state(model))
         assert planner.buckets[stage.name] == stage.plan.buckets
         for batch, bucket in zip(stage.plan.one_of_each(), stage.plan.buckets, strict=True):
-            expected = train._abstract_batch(stage.examples, batch, planner.mesh)
+            expected = loop.abstract_batch(stage.examples, batch, planner.mesh)
             assert planner._abstract_batch(stage.name, bucket, planner.mesh) == expected
     assert "data.train" not in " ".join(planner.assumed)
     # The encoder's frames, where they are kept, come in place of the waveform.

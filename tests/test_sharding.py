@@ -20,7 +20,7 @@ from sparqle_jax.llms.decoder import LLM as Decoder
 from sparqle_jax.llms.decoder import Config as DecoderConfig
 from sparqle_jax.model import Projection, SpeechLLM, partition
 from sparqle_jax.sharding import batch_sharding, make_mesh, state_sharding
-from sparqle_jax.train import TrainState, make_optimizer, make_update, state_shardings
+from sparqle_jax.step import TrainState, make_optimizer, make_update, state_shardings
 from tests.batches import stage1_batch, stage2_batch
 
 MESHES = [(8, 1, 1), (1, 8, 1), (1, 1, 8), (2, 2, 2)]

@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
+from sparqle_jax import metrics as metrics_module
 from sparqle_jax import train
 from sparqle_jax.data.dataset import CorruptRecord, DataSet
 from sparqle_jax.data.plan import Plan, choose_buckets
@@ -35,13 +36,13 @@ SIZES = dict(
 # Kills its own process in the middle of stage 2, between two checkpoints.
 KILLED = """
 import os, signal, sys
-from sparqle_jax import train
-write = train._Log._write
+from sparqle_jax import metrics, train
+write = metrics.Log._write
 def write_or_die(self, step, *args):
     write(self, step, *args)
     if self.file.parent.name == "stage2" and step == 3:
         os.kill(os.getpid(), signal.SIGKILL)
-train._Log._write = write_or_die
+metrics.Log._write = write_or_die
 train.main(sys.argv[1:])
 """
 
@@ -112,7 +113,7 @@ def test_the_adapter_left_is_the_one_trained(whole):
 
 def test_stopped_and_killed_it_ends_with_the_same_numbers(whole, small_world, tmp_path, monkeypatch):
     run = tmp_path / "stopped"
-    write = train._Log._write
+    write = metrics_module.Log._write
 
     def write_and_stop(self, step, *args):
         write(self, step, *args)
@@ -120,7 +121,7 @@ def test_stopped_and_killed_it_ends_with_the_same_numbers(whole, small_world, tm
             signal.raise_signal(signal.SIGINT)
 
     with monkeypatch.context() as patch:
-        patch.setattr(train._Log, "_write", write_and_stop)
+        patch.setattr(metrics_module.Log, "_write", write_and_stop)
         assert train.main(arguments(run, small_world)) == 130
     assert not (run / "stage1" / "adapter.safetensors").exists()
 

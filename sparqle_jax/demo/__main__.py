@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from sparqle_jax import audio, train
+from sparqle_jax import audio, loop, train
 from sparqle_jax.checkpoint import CheckpointError
 from sparqle_jax.config import Config, read_config
 from sparqle_jax.data.dataset import CorruptRecord, DataSet, Utterance
@@ -239,7 +239,7 @@ def main(argv: list[str] | None = None) -> int:
         if not args.from_scratch:
             shown["shipped"] = (MODELS / "sparqle", SHIPPED)
         report(config, args.data, shown)
-    except train.Stopped as stopped:
+    except loop.Stopped as stopped:
         print(f"{stopped}; the same command goes on from there.", file=sys.stderr)
         return stopped.status
     except KeyboardInterrupt:

@@ -13,7 +13,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from sparqle_jax import train
+from sparqle_jax import loop, train
 from sparqle_jax.config import read_config
 from sparqle_jax.data.pipeline import TRANSCRIBE
 from sparqle_jax.demo.__main__ import CONFIG, LANGUAGES, MODELS, SETS
@@ -114,7 +114,7 @@ def main(argv: list[str] | None = None) -> int:
                 run_variant(name, args.folder, args.data, args.set)
     except (ValueError, FileNotFoundError) as error:
         parser.error(str(error))
-    except train.Stopped as stopped:
+    except loop.Stopped as stopped:
         print(f"{stopped}; the same command goes on from there.", file=sys.stderr)
         return stopped.status
     results = {}

@@ -32,8 +32,8 @@ BATCH = 8
 RECORDING = """
 import dataclasses, hashlib, json, os, sys
 import numpy as np
-from sparqle_jax import train
-compile = train._compile
+from sparqle_jax import loop, train
+compile = loop.compile_steps
 def recorded(run):
     def step(state, frozen, batch, control):
         rows = {s.index[0].start: s.data for s in batch["waveform"].addressable_shards}
@@ -42,7 +42,7 @@ def recorded(run):
             file.write(json.dumps([int(control["step"]), digests]) + "\\n")
         return run(state, frozen, batch, control)
     return step
-train._compile = lambda *args: [dataclasses.replace(p, run=recorded(p.run)) for p in compile(*args)]
+loop.compile_steps = lambda *args: [dataclasses.replace(p, run=recorded(p.run)) for p in compile(*args)]
 sys.exit(train.main(sys.argv[1:]))
 """
 FAULTS = ("SIGKILL of one", "SIGKILL of all", "SIGTERM")

@@ -1,0 +1,174 @@
+"""The numbers of a run as it goes: a progress bar, metrics.jsonl, TensorBoard, and losses on test sets."""
+
+import json
+import sys
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+
+import jax
+import numpy as np
+import optax
+import tqdm
+from etils import epath
+from flax import nnx
+from jax.sharding import Mesh
+from tensorboardX import SummaryWriter
+
+from sparqle_jax import audio, commands, hosts
+from sparqle_jax.chips import chip_of
+from sparqle_jax.data.pipeline import SKIPPED, Examples, batches
+from sparqle_jax.data.plan import Plan
+from sparqle_jax.sharding import batch_sharding, replicated
+from sparqle_jax.stages import Stage
+from sparqle_jax.step import Program
+
+
+class Tester:
+    """The mean losses on test sets: over their whole batches, of tokens over all tokens."""
+
+    def __init__(self, graph: nnx.GraphDef, tests: Mapping[str, tuple[Examples, Plan]], mesh: Mesh):
+        self.tests, self.mesh = tests, mesh
+        self._loss = jax.jit(
+            lambda trained, frozen, batch, seed: nnx.merge(graph, trained, frozen).loss(
+                batch, jax.random.key(seed), train=False
+            ),
+            out_shardings=replicated(mesh),
+        )
+
+    def __call__(self, trained: nnx.State, frozen: nnx.State) -> dict[str, dict[str, float]]:
+        """By test set: "loss", and its parts by name."""
+        return {name: self._mean(trained, frozen, *test) for name, test in self.tests.items()}
+
+    def _mean(
+        self, trained: nnx.State, frozen: nnx.State, examples: Examples, plan: Plan
+    ) -> dict[str, float]:
+        number, rows = plan.batches_per_epoch, []
+        inputs = batches(examples, plan, seed=0, stop=number, sharding=batch_sharding(self.mesh))
+        for step in tqdm.trange(number, desc="test", unit="batch", leave=False, disable=not hosts.is_first()):
+            batch = next(inputs)
+            del batch[SKIPPED]
+            with jax.set_mesh(self.mesh):
+                loss, parts = jax.device_get(self._loss(trained, frozen, batch, np.uint32(step)))
+            rows.append({"loss": float(loss), **{part: float(value) for part, value in parts.items()}})
+        weights = [row.pop("tokens", 1.0) for row in rows]
+        return {key: float(np.average([row[key] for row in rows], weights=weights)) for key in rows[0]}
+
+
+class Log:
+    """The numbers of a run as it goes: progress bar, metrics.jsonl and TensorBoard, on the first host."""
+
+    def __init__(
+        self,
+        folder: epath.Path,
+        stage: Stage,
+        schedule: optax.Schedule,
+        programs: list[Program],
+        start: int,
+    ):
+        self.file, self.stage, self.schedule, self.programs = (
+            folder / "metrics.jsonl",
+            stage,
+            schedule,
+            programs,
+        )
+        chip = chip_of(jax.devices()[0].device_kind)
+        self.peak = None if chip is None else chip.peak / chip.devices * jax.device_count()
+        # What a killed run wrote after its last checkpoint is done again; its last line may be half a line.
+        lines = self.file.read_text().splitlines(keepends=True) if self.file.exists() else []
+        self.lines = [line for line in lines if line.endswith("\n") and json.loads(line)["step"] <= start]
+        self.skipped = max((json.loads(line).get("skipped", 0) for line in self.lines), default=0)
+        self.board = None
+        if hosts.is_first():
+            commands.write_text(self.file, "".join(self.lines))
+            self.board = SummaryWriter(str(folder / "tensorboard"), purge_step=start + 1)
+        self.bar = tqdm.tqdm(
+            total=stage.config.steps,
+            initial=start,
+            desc=stage.name,
+            unit="step",
+            dynamic_ncols=True,
+            mininterval=0.5,
+            disable=not hosts.is_first(),
+        )
+        self._begin()
+
+    def _begin(self) -> None:
+        self.began, self.steps, self.samples, self.padded, self.flops = time.monotonic(), 0, 0, 0, 0
+        self.waited = 0.0
+
+    def __enter__(self) -> "Log":
+        return self
+
+    def __exit__(self, *_) -> None:
+        if self.board is not None:
+            self.board.close()
+            self.flush()
+        self.bar.close()
+
+    def flush(self) -> None:
+        """Brings what was written to a bucket, whose files can't be appended to."""
+        if self.board is not None and not commands.can_append(self.file):
+            commands.write_text(self.file, "".join(self.lines))
+
+    @contextmanager
+    def waiting(self) -> Iterator[None]:
+        """Counts the time within as waiting for data."""
+        began = time.monotonic()
+        yield
+        self.waited += time.monotonic() - began
+
+    def finished(self, step: int, values: dict[str, float]) -> None:
+        """Counts a step, and writes every `log_every`th and the last: its metrics, and the speed since."""
+        planned = self.stage.plan.batch(step - 1)
+        self.steps += 1
+        self.samples += int(self.stage.plan.num_samples[planned.indices].sum())
+        self.padded += planned.indices.size * planned.num_samples
+        self.flops += self.programs[planned.bucket].model_flops
+        self.skipped += int(values.pop("skipped"))
+        self.bar.update()
+        if step % self.stage.config.log_every and step < self.stage.config.steps:
+            return
+        seconds = max(time.monotonic() - self.began, 1e-9)
+        speed = {
+            "step_seconds": seconds / self.steps,
+            "data_wait": self.waited / seconds,
+            "audio_seconds_per_second": self.samples / audio.SAMPLE_RATE / seconds,
+            "model_tflops_per_second": self.flops / seconds / 1e12,
+        }
+        if self.peak is not None:
+            speed["mfu"] = self.flops / seconds / self.peak
+        row = values | {
+            "lr": float(self.schedule(step - 1)),
+            "padding": 1 - self.samples / self.padded,
+            **speed,
+        }
+        if self.skipped:
+            row["skipped"] = self.skipped
+        shown = {name: f"{value:.3f}" for name, value in values.items() if name != "tokens"}
+        shown["audio"] = f"{speed['audio_seconds_per_second']:.0f}x"
+        if "mfu" in speed:
+            shown["mfu"] = f"{speed['mfu']:.1%}"
+        self.bar.set_postfix(shown, refresh=False)
+        self._write(step, row)
+        self._begin()
+
+    def tested(self, step: int, losses: dict[str, dict[str, float]]) -> dict[str, float]:
+        """Writes the losses on test sets, and their mean, test_loss, which it returns."""
+        row = {"test_loss": float(np.mean([parts["loss"] for parts in losses.values()]))}
+        self._write(
+            step, row | {f"test/{name}/{k}": v for name, parts in losses.items() for k, v in parts.items()}
+        )
+        self._begin()  # the time that this took is no step's
+        self.bar.write(f"step {step}: test_loss {row['test_loss']:.4f}", file=sys.stderr)
+        return row
+
+    def _write(self, step: int, row: dict[str, float]) -> None:
+        if self.board is None:
+            return
+        self.lines.append(json.dumps({"step": step, **row}) + "\n")
+        if commands.can_append(self.file):
+            with open(self.file, "a") as file:
+                file.write(self.lines[-1])
+        for name, value in row.items():
+            self.board.add_scalar(name, value, step)
