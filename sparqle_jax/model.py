@@ -124,7 +124,8 @@ def encode_speech(encoder: nnx.Module, batch: Batch) -> tuple[jax.Array, jax.Arr
     """
     if "frames" in batch:
         return jnp.asarray(batch["frames"], encoder.dtype), batch["frames_mask"]
-    return encoder(batch["waveform"], batch.get("waveform_mask"))
+    frames, mask = encoder(batch["waveform"], batch.get("waveform_mask"))
+    return frames if encoder.TRAINED else jax.lax.stop_gradient(frames), mask
 
 
 def join_prompt(
