@@ -420,12 +420,11 @@ def _recordings(file: str | os.PathLike, warn: Warn) -> Iterator[soundfile.Sound
         for pieces in found:
             with contextlib.ExitStack() as stack:
                 try:
-                    whole = len(found) == 1 and isinstance(pieces[0], range) and len(pieces) == 1
-                    by_name = whole and "://" not in os.fspath(file)  # faster
-                    source = os.fspath(path) if by_name else streams.View(content, pieces)
-                    recording = stack.enter_context(soundfile.SoundFile(source))
+                    # Not by its name, whose ending would be taken for a format: any text.au would be noise.
+                    view = streams.View(content, pieces)
+                    recording = stack.enter_context(soundfile.SoundFile(view))
                     _check_length_known(file, recording)
-                except (soundfile.LibsndfileError, TypeError) as error:  # TypeError: a file named .raw
+                except (soundfile.LibsndfileError, TypeError) as error:
                     reason = getattr(error, "error_string", str(error))
                     wav = stack.enter_context(_converted(file, pieces, reason, warn))
                     recording = stack.enter_context(soundfile.SoundFile(wav))

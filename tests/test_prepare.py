@@ -262,6 +262,7 @@ def broken(folder: Path, samples: np.ndarray) -> dict[str, tuple[str | bytes, st
     (folder / "folder.wav").mkdir()
     write(folder / "none.wav", samples[:0])
     write(folder / "silent.wav", samples * 0)
+    write(folder / "quiet.wav", samples / 32768 * 1e-5, subtype="FLOAT")
     write(folder / "nan.wav", np.full(16_000, np.nan), subtype="FLOAT")
     write(folder / "short.wav", samples[:800])
     write(folder / "long.wav", np.resize(samples, 31 * 16_000))
@@ -306,6 +307,7 @@ def broken(folder: Path, samples: np.ndarray) -> dict[str, tuple[str | bytes, st
         "an mp3 cut short": (line(audio="cut.mp3"), "cut short"),
         "of no samples": (line(audio="none.wav"), "empty"),
         "silent": (line(audio="silent.wav"), "silent"),
+        "too quiet for 16 bits": (line(audio="quiet.wav"), "silent"),
         "not a number": (line(audio="nan.wav"), "not finite"),
         "too short": (line(audio="short.wav"), "too short"),
         "too long": (line(audio="long.wav"), "too long"),
@@ -315,7 +317,7 @@ def broken(folder: Path, samples: np.ndarray) -> dict[str, tuple[str | bytes, st
 
 
 def test_what_can_not_be_used_is_listed_with_its_reason(spoken, tmp_path, capsys, monkeypatch):
-    monkeypatch.setenv("PATH", "")  # the same with and without ffmpeg
+    monkeypatch.setenv("PATH", str(tmp_path / "without ffmpeg"))
     cases = broken(tmp_path, spoken[0])
     rows = [json.dumps({"id": "first", "audio": "good.wav", "text": "good", "translations": {"de": "gut"}})]
     # Each has an id of its own, so that it is rejected for its own reason.
@@ -332,7 +334,7 @@ def test_what_can_not_be_used_is_listed_with_its_reason(spoken, tmp_path, capsys
         prepare.main(arguments)
     assert not (tmp_path / "out").exists()
     assert re.search(
-        r"32 of 33 records can't be used, more than --max-rejected=0.01", capsys.readouterr().err
+        r"33 of 34 records can't be used, more than --max-rejected=0.01", capsys.readouterr().err
     )
     listed = (tmp_path / "out.rejected.jsonl").read_text()
 
@@ -349,7 +351,20 @@ def test_what_can_not_be_used_is_listed_with_its_reason(spoken, tmp_path, capsys
     assert len(cases) >= 20
     printed = capsys.readouterr().out
     assert "rejected: cut short" in printed
-    assert re.search(r"33 records\n\s+1 usable", printed)
+    assert re.search(r"34 records\n\s+1 usable", printed)
+
+
+def test_channels_that_cancel_and_joined_recordings(spoken, tmp_path, capsys):
+    """The former are counted, the latter are whole."""
+    for i, samples in enumerate(spoken):
+        write(tmp_path / f"a/{i}.flac", np.stack([samples, -samples], 1) if i % 2 else samples)
+    joined = tmp_path / "a/0.flac"
+    joined.write_bytes(joined.read_bytes() * 2)
+    lines(tmp_path / "m.jsonl", map(json.dumps, manifest_rows()))
+    data = made(tmp_path / "out", "manifest", "--manifest", tmp_path / "m.jsonl")
+    assert_holds(data, [np.tile(spoken[0], 2), *spoken[1:]])
+    assert "2 usable, but: channels cancel each other: the loudest is taken\n" in capsys.readouterr().out
+    assert not list((tmp_path / "out").glob("warnings*"))
 
 
 @pytest.mark.parametrize(

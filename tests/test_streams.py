@@ -289,7 +289,8 @@ def converted(folder: Path, name: str, *options: str, hertz: int = 500) -> Path:
 
 KINDS = {
     "a.m4a": [], "a.mp4": [], "a.mov": [], "a.3gp": ["-c:a", "aac"], "a.aac": [], "a.wma": [], "a.avi": [],
-    "a.mkv": ["-c:a", "aac"], "a.webm": ["-c:a", "libopus"], "a.mka": ["-c:a", "flac"], "a.flv": ["-c:a", "aac"],
+    "a.mkv": ["-c:a", "aac"], "a.webm": ["-c:a", "libopus"], "a.mka": ["-c:a", "flac"],
+    "a.flv": ["-c:a", "aac"],
     "a.amr": ["-ar", "8000", "-c:a", "libopencore_amrnb"], "a.ac3": [], "a.ts": ["-c:a", "aac"], "a.wv": [],
 }  # fmt: skip
 
