@@ -291,7 +291,9 @@ def test_what_each_stage_can_use_is_said_at_the_start(sparse, small_world, tmp_p
     (_, *sets) = arguments(tmp_path / "run", small_world, *changes)
     run = train.Run(read_config(CONFIG, sets[1::2]))
     said = capsys.readouterr().out
-    assert "stage1: data.train.some has 24 utterances: transcribe 22; 2 have no text and are left out\n" in said
+    assert (
+        "stage1: data.train.some has 24 utterances: transcribe 22; 2 have no text and are left out\n" in said
+    )
     assert "stage1: data.train.all has 8 utterances: transcribe 8\n" in said
     assert "stage2: data.train.some has 24 utterances: de 8; 16 have none of these and are left out\n" in said
     assert "stage2: data.train.all has 8 utterances: transcribe 8, fr 8\n" in said
