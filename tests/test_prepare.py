@@ -574,6 +574,77 @@ def test_records_that_are_lost_on_the_way_are_noticed_too(spoken, tmp_path, caps
     assert not (tmp_path / "out").exists()
 
 
+def sparse_rows(folder: Path, spoken) -> list[dict]:
+    """German for the first two, French for the second and the third, for the last neither."""
+    rows = []
+    for i, (text, german) in enumerate(SENTENCES):
+        write(folder / f"{i}.wav", spoken[i])
+        translations = {"de": german if i < 2 else None, "fr": f"phrase {i}" if i in (1, 2) else ""}
+        rows.append({"audio": f"{i}.wav", "text": text, "translations": translations})
+    return rows
+
+
+@pytest.mark.parametrize("form", ["jsonl", "tsv"])
+def test_a_record_keeps_the_translations_that_it_has(form, spoken, tmp_path, capsys):
+    rows = sparse_rows(tmp_path, spoken)
+    if form == "jsonl":
+        lines(tmp_path / "m.jsonl", map(json.dumps, rows))
+    else:
+        cells = [[r["audio"], r["text"], *(r["translations"][c] or "" for c in ("fr", "de"))] for r in rows]
+        lines(
+            tmp_path / "m.tsv",
+            map("\t".join, [["audio", "text", "translation_fr", "translation_de"], *cells]),
+        )
+    manifest = tmp_path / f"m.{form}"
+    data = made(tmp_path / "out", "manifest", "--manifest", manifest)
+    german, french = [text for _, text in SENTENCES], [f"phrase {i}" for i in range(4)]
+    expected = [{"de": german[0]}, {"de": german[1], "fr": french[1]}, {"fr": french[2]}, {}]
+    assert [u.translations for u in data] == expected
+    assert data.languages == ("de", "fr")
+    printed = capsys.readouterr().out
+    assert "4 usable" in printed
+    assert re.search(r"2 with a translation into de\n +2 with a translation into fr", printed)
+
+    both = ["--require", "fr", "de", "--max-rejected", "1"]
+    (only,) = made(tmp_path / "both", "manifest", "--manifest", manifest, *both)
+    assert only.text == SENTENCES[1][0]
+    printed = capsys.readouterr().out
+    assert "2 rejected: no translation into fr" in printed
+    assert "1 rejected: no translation into de" in printed
+    taken = made(tmp_path / "de", "manifest", "--manifest", manifest, "--translations", "de")
+    assert [u.translations for u in taken] == [{"de": text} for text in german[:2]] + [{}, {}]
+
+
+def test_an_empty_text_says_that_nobody_speaks_where_that_is_allowed(spoken, tmp_path, capsys):
+    noise = np.random.default_rng(0).integers(-3000, 3000, 16_000).astype(np.int16)
+    waveforms = {"speech": spoken[0], "silence": np.zeros(16_000, np.int16), "noise": noise}
+    waveforms["dither"] = (noise % 6).astype(np.int16)
+    for name, samples in waveforms.items():
+        write(tmp_path / f"{name}.wav", samples)
+    rows = [{"audio": "speech.wav", "text": "hello", "translations": {"de": "hallo"}}]
+    rows += [{"audio": f"{name}.wav", "text": " "} for name in ("silence", "noise", "dither")]
+    wrong = [
+        {"id": "a", "audio": "silence.wav", "text": "hello"},
+        {"id": "b", "audio": "noise.wav"},
+        {"id": "c", "audio": "noise.wav", "text": "", "translations": {"de": "hallo"}},
+    ]
+    lines(tmp_path / "m.jsonl", map(json.dumps, [*rows, *wrong]))
+    options = ["--manifest", tmp_path / "m.jsonl", "--max-rejected", "1"]
+    assert [u.text for u in made(tmp_path / "without", "manifest", *options)] == ["hello"]
+    capsys.readouterr()
+    data = made(tmp_path / "out", "manifest", *options, "--allow-empty", "--require", "de")
+    assert [(u.text, u.translations) for u in data] == [("hello", {"de": "hallo"}), *[("", {})] * 3]
+    for i, samples in enumerate(waveforms.values()):
+        np.testing.assert_array_equal(data.samples(i), samples)
+    assert "3 in which nobody speaks" in capsys.readouterr().out
+    rejected = map(json.loads, (tmp_path / "out/rejected.jsonl").read_text().splitlines())
+    assert {r["id"]: r["reason"] for r in rejected} == {
+        "a": "no translation into de",
+        "b": "no text",
+        "c": "no text",
+    }
+
+
 def test_numbers_for_ids_and_speakers(spoken, tmp_path):
     write(tmp_path / "a.flac", spoken[0])
     lines(tmp_path / "m.jsonl", [json.dumps({"audio": "a.flac", "text": "x", "id": 7, "speaker": 9})])

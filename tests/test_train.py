@@ -16,11 +16,13 @@ from safetensors.numpy import load_file, save_file
 
 from sparqle_jax import metrics as metrics_module
 from sparqle_jax import train
+from sparqle_jax.config import read_config
 from sparqle_jax.data.dataset import CorruptRecord, DataSet
 from sparqle_jax.data.plan import Plan, choose_buckets
 from sparqle_jax.demo.__main__ import MODELS
 from sparqle_jax.sharding import make_mesh
 from sparqle_jax.sparqle import SparQLe
+from tests.test_pipeline import sparse_data
 
 CONFIG = str(Path(__file__).parents[1] / "configs" / "tiny.py")
 SIZES = dict(
@@ -268,6 +270,46 @@ def test_a_step_that_is_not_finite_stops_and_can_be_done_again(small_world, tmp_
         assert told["step"] == 2
         assert told["examples"] == [DataSet(small_world / "train")[i].id for i in batch.indices]
         assert [path.name for path in (stage / "checkpoints").glob("[0-9]*")] == ["1"]
+
+
+@pytest.fixture(scope="module")
+def sparse(small_world, tmp_path_factory) -> Path:
+    """24 utterances: 8 with a German translation, and then 2 in which nobody speaks."""
+
+    def keep(i, utterance):
+        translations = {"de": utterance.translations["de"]} if i < 8 else {}
+        return ("", {}) if i >= 22 else (utterance.text, translations)
+
+    return sparse_data(small_world, tmp_path_factory.mktemp("sparse") / "sparse", keep).folder
+
+
+def test_what_each_stage_can_use_is_said_at_the_start(sparse, small_world, tmp_path, capsys):
+    mixture = {
+        "some": {"folder": str(sparse), "tasks": {"de": 1.0}},
+        "all": {"folder": str(small_world / "heard")},
+    }
+    changes = [f"data.train={json.dumps(mixture)}", 'stage2.tasks={"transcribe": 0.5, "fr": 0.5}']
+    (_, *sets) = arguments(tmp_path / "run", small_world, *changes)
+    run = train.Run(read_config(CONFIG, sets[1::2]))
+    said = capsys.readouterr().out
+    assert (
+        "stage1: data.train.some has 24 utterances: transcribe 22; 2 have no text and are left out\n" in said
+    )
+    assert "stage1: data.train.all has 8 utterances: transcribe 8\n" in said
+    assert "stage2: data.train.some has 24 utterances: de 8; 16 have none of these and are left out\n" in said
+    assert "stage2: data.train.all has 8 utterances: transcribe 8, fr 8\n" in said
+    for stage, usable in zip(run.stages, (range(22), range(8)), strict=True):
+        indices = np.concatenate([rows.ravel() for rows in stage.plan.epoch(0)])
+        assert set(indices.tolist()) <= {*usable, *range(24, 32)}
+        assert len(indices) + stage.plan.left_out == len(usable) + 8
+
+
+def test_test_sets_with_few_references_and_silence_are_evaluated(sparse, capsys):
+    scores = train._evaluate_answers(SparQLe.from_pretrained(), {"test": DataSet(sparse)}, ("de",))
+    said = capsys.readouterr().out
+    assert scores["test"].keys() == {"transcribe", "de"}
+    assert "test: 8 of 24 utterances have a reference in de\n" in said
+    assert re.search(r"test: nobody speaks in 2 \(.*\): \d got words, \d+ in all", said)
 
 
 @pytest.mark.parametrize(
