@@ -2,7 +2,10 @@
 listed there: a new one is tested by standing in its dictionary, and with its sizes here."""
 
 import ast
+import re
+import sys
 from pathlib import Path
+from types import ModuleType
 
 import jax
 import jax.numpy as jnp
@@ -438,3 +441,24 @@ def test_no_other_file_names_a_part():
             elif isinstance(node, ast.ImportFrom):
                 imported |= {node.module, *(f"{node.module}.{alias.name}" for alias in node.names)}
         assert not (imported & modules) - shared - {name}, f"{file} names a part"
+
+
+class TestDocumentation:
+    """The adapter that docs/parts.md writes goes through the tests of all adapters."""
+
+    @pytest.fixture
+    def adapter(self, monkeypatch):
+        page = (PACKAGE.parent / "docs" / "parts.md").read_text()
+        (block,) = re.findall(r"```python\n(.*?)```", page, re.DOTALL)
+        part = ModuleType("stride")
+        monkeypatch.setitem(sys.modules, "stride", part)
+        exec(compile(block, "docs/parts.md", "exec"), vars(part))
+        return part, part.Adapter(part.Config(k=3, width=16), WIDTH, rngs=nnx.Rngs(0))
+
+    def test_it_keeps_the_contract(self, adapter):
+        suite = TestAdapter()
+        for name in dir(TestAdapter):
+            if name.startswith("test_") and name != "test_flops_are_the_programs":
+                getattr(suite, name)(adapter)
+        for frames_gradient in (False, True):
+            suite.test_flops_are_the_programs(adapter, frames_gradient)

@@ -81,7 +81,7 @@ def test_a_first_look(monkeypatch, capsys):
 
 
 def test_a_training_step(folders):
-    names = run(BLOCKS[3], _1024="48", _768="32")
+    names = run(BLOCKS[3], _768="32")
     before = jax.tree.leaves(names["partition"](names["aligner"])[1])
     changed = [
         not np.array_equal(a, b) for a, b in zip(before, jax.tree.leaves(names["trained"]), strict=True)

@@ -21,7 +21,7 @@ tokens that it has alone, and none to one of fewer than min_frames.
 """
 
 from types import ModuleType
-from typing import Annotated
+from typing import Annotated, Union
 
 import pydantic
 
@@ -47,12 +47,6 @@ KINDS: dict[str, ModuleType] = {
 }
 PAPERS = qformer.Config()
 Config = Annotated[
-    conv1d.Config
-    | cross_attention.Config
-    | fully_connected.Config
-    | linear.Config
-    | pooling.Config
-    | qformer.Config
-    | windowed_qformer.Config,
+    Union[tuple(kind.Config for kind in KINDS.values())],  # noqa: UP007
     pydantic.Field(discriminator="kind"),
 ]
