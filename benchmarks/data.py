@@ -27,7 +27,7 @@ from sparqle_jax import audio, prompts
 from sparqle_jax.data.builder import Limits, prepare
 from sparqle_jax.data.dataset import Corpus, DataSet
 from sparqle_jax.data.pipeline import InstructionExamples, Waveforms, batches
-from sparqle_jax.data.plan import Plan, choose_buckets
+from sparqle_jax.data.plan import BatchPlan, choose_buckets
 from sparqle_jax.data.sources import Manifest
 from sparqle_jax.demo import grammar, speech
 from sparqle_jax.demo.__main__ import MODELS
@@ -103,7 +103,7 @@ def time_batches(start: Callable[[], Iterator]) -> Callable[[], float]:
 def pipeline(folder: Path) -> tuple[Callable[[], Iterator], float]:
     """The pipeline of training over all batches of EPOCHS epochs, and the hours of audio that are timed."""
     corpus = Corpus([DataSet(folder / "data")])
-    plan = Plan(corpus.num_samples, choose_buckets(corpus.num_samples, 8), BATCH_SIZE, seed=0)
+    plan = BatchPlan(corpus.num_samples, choose_buckets(corpus.num_samples, 8), BATCH_SIZE, seed=0)
     waveforms = Waveforms(corpus, 30.0)
     vocab_size = DecoderConfig.from_dict(json.loads((MODELS / "llm/config.json").read_text())).vocab_size
     prompter = prompts.Prompter.from_folder(MODELS / "llm", vocab_size)
@@ -172,7 +172,7 @@ def plan_of_millions(millions: int) -> None:
     for part in np.array_split(lengths, 30):  # in parts, so that making them needs less memory than the plan
         part[:] = np.interp(rng.uniform(0, 9, len(part)), range(10), SECONDS) * audio.SAMPLE_RATE
     began = time.perf_counter()
-    plan = Plan(lengths, choose_buckets(lengths, 8), 64, seed=0, multiple=8)
+    plan = BatchPlan(lengths, choose_buckets(lengths, 8), 64, seed=0, multiple=8)
     plan.batch(0)
     seconds = time.perf_counter() - began
     gigabytes = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9

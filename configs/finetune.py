@@ -6,7 +6,7 @@
 Here it is the miniature, which hears 3 s at once. For another model set init_from to its
 adapter.safetensors, and encoder.folder, llm, dtype and data.max_seconds to what its config.json says. Fewer
 recordings than stage2.batch_size are an error: make it smaller. With hundreds of them, keep some for
-data.test: stage2.test_every=100 shows when it is too many steps. launch/colab_finetune.ipynb does all this.
+data.valid: stage2.eval_every=100 shows when it is too many steps. launch/colab_finetune.ipynb does all this.
 """
 
 from pathlib import Path
@@ -36,5 +36,5 @@ def get_config() -> Config:
             save_every=100,
         ),
         max_new_tokens=64,
-        margin=0.0,
+        speech_pad=0.0,
     )

@@ -20,7 +20,7 @@ from sparqle_jax.config import (
 
 
 def get_config() -> Config:
-    optim = OptimConfig(lr=1e-4, warmup_steps=1000, weight_decay=0.05, final_lr=0.1)
+    optim = OptimConfig(lr=1e-4, warmup_steps=1000, weight_decay=0.05, final_lr_factor=0.1)
     return Config(
         run=Path("runs/large"),
         mesh=MeshConfig(data=1, fsdp=-1),
@@ -28,7 +28,7 @@ def get_config() -> Config:
         llm=Path("Meta-Llama-3-70B-Instruct"),
         data=DataConfig(
             train="data/train",
-            test={"test": "data/test"},
+            valid={"valid": "data/valid"},
             max_seconds=30.0,
             buckets=4,
             batch_multiple=32,

@@ -15,7 +15,7 @@ def get_config() -> Config:
         llm=MODELS / "llm",
         data=DataConfig(
             train="data/tiny/train",
-            test={"heard": "data/tiny/heard", "unheard": "data/tiny/unheard"},
+            valid={"heard": "data/tiny/heard", "unheard": "data/tiny/unheard"},
             max_seconds=3.0,
             buckets=1,  # each would be compiled, and the demo takes minutes
             frames=Path("data/tiny/frames"),
@@ -45,7 +45,7 @@ def get_config() -> Config:
             optim=OptimConfig(lr=1e-3, warmup_steps=200, weight_decay=0.01),
             save_every=500,
         ),
-        test_languages=("fr", "de", "es"),
+        eval_languages=("fr", "de", "es"),
         max_new_tokens=64,
-        margin=0.0,
+        speech_pad=0.0,
     )

@@ -85,39 +85,39 @@ CSS = """
 }
 #answer textarea { font-size: 1.1875rem; line-height: 1.5; }
 #privacy p { margin: 1rem 0; color: var(--soft); font-size: .8125rem; text-align: center; }
-#pieces table { width: 100%; margin: 0; border-collapse: collapse; }
-#pieces :is(table, tbody, tr) { border: 0; }
-#pieces caption { padding-bottom: .4rem; font-weight: 600; text-align: left; }
-#pieces :is(th, td) {
+#segments table { width: 100%; margin: 0; border-collapse: collapse; }
+#segments :is(table, tbody, tr) { border: 0; }
+#segments caption { padding-bottom: .4rem; font-weight: 600; text-align: left; }
+#segments :is(th, td) {
   padding: .45rem .75rem .45rem 0; border: 0 !important;
   border-top: 1px solid var(--border-color-primary) !important;
   text-align: left; vertical-align: baseline;
 }
-#pieces th {
+#segments th {
   width: 1%; color: var(--soft); font-size: .875rem; font-weight: 400;
   font-variant-numeric: tabular-nums; white-space: nowrap;
 }
-.listening { display: grid; grid-template-columns: 1.5rem minmax(0, 1fr); margin: 0; font-size: .75rem; }
-.listening svg { display: block; width: 100%; height: 4.5rem; margin-bottom: .5rem; }
-.listening path { fill: var(--wave); }
-.listening :is(.rows, .heat) { height: 12rem; }
-.listening .rows {
+.attention { display: grid; grid-template-columns: 1.5rem minmax(0, 1fr); margin: 0; font-size: .75rem; }
+.attention svg { display: block; width: 100%; height: 4.5rem; margin-bottom: .5rem; }
+.attention path { fill: var(--wave); }
+.attention :is(.rows, .heat) { height: 12rem; }
+.attention .rows {
   display: flex; flex-direction: column; justify-content: space-between;
   margin-top: 5rem; line-height: 1; color: var(--soft);
 }
-.listening .rows:empty { height: 0; }
-.listening .rows :nth-child(2) { writing-mode: vertical-rl; transform: rotate(180deg); width: 1em; }
-.listening .heat { position: relative; overflow: hidden; border-radius: 6px; background: var(--wash); }
-.listening .heat i {
+.attention .rows:empty { height: 0; }
+.attention .rows :nth-child(2) { writing-mode: vertical-rl; transform: rotate(180deg); width: 1em; }
+.attention .heat { position: relative; overflow: hidden; border-radius: 6px; background: var(--wash); }
+.attention .heat i {
   position: absolute; inset-block: 0; background: var(--heat);
   mask-size: 100% 100%; mask-mode: alpha; image-rendering: pixelated;
 }
-.listening .axis { position: relative; height: 1.75rem; font-variant-numeric: tabular-nums; }
-.listening .axis span {
+.attention .axis { position: relative; height: 1.75rem; font-variant-numeric: tabular-nums; }
+.attention .axis span {
   position: absolute; top: .4rem; transform: translateX(-50%); color: var(--soft); white-space: nowrap;
 }
-.listening .axis span:first-child { transform: none; }
-.listening figcaption { grid-column: 2; color: var(--soft); font-size: .8125rem; line-height: 1.5; }
+.attention .axis span:first-child { transform: none; }
+.attention figcaption { grid-column: 2; color: var(--soft); font-size: .8125rem; line-height: 1.5; }
 """
 # The label of a box with a button in it is the button's.
 JS = """() => { document.querySelector("#answer textarea").ariaLabel = "Answer"; }"""
@@ -226,7 +226,7 @@ def respond(
     prompt: str,
     *sliders: float,
 ) -> Iterator[tuple[str, str, str, str]]:
-    """Message, answer, timed pieces and picture, as they come; the last, the second as text, are HTML."""
+    """Message, answer, timed segments and picture, as they come; the last, the second as text, are HTML."""
     begin = time.perf_counter()
     try:
         instruction, settings = instruction_of(task, language, prompt), settings_of(*sliders)
@@ -242,13 +242,13 @@ def respond(
         for transcript in sparqle.stream(recording, instruction, **settings):
             yield _message("Listening …"), transcript.text, table(transcript), drawn
         took = time.perf_counter() - begin
-        listening = None
+        attention = None
         if seconds <= MAX_PICTURED and sparqle.has_attention:
-            listening = [(w, sparqle.listening((w.waveform, audio.SAMPLE_RATE))) for w in windows]
+            attention = [(w, sparqle.attention((w.waveform, audio.SAMPLE_RATE))) for w in windows]
         done = f"{seconds:.1f} s of sound, answered in {took:.2f} s."
         if not transcript.complete:
             done += f" An answer was cut at {settings['max_new_tokens']} tokens: allow more of them."
-        yield _message(done), transcript.text, table(transcript), picture(waveform, listening, done=True)
+        yield _message(done), transcript.text, table(transcript), picture(waveform, attention, done=True)
     except Refused as error:
         yield refusal(str(error)), "", "", ""
     except Exception:
@@ -265,16 +265,16 @@ def refusal(text: str) -> str:
 
 
 def table(transcript: Transcript) -> str:
-    """What is said when, for an answer of several pieces."""
-    if len(transcript.pieces) < 2:
+    """What is said when, for an answer of several segments."""
+    if len(transcript.segments) < 2:
         return ""
     rows = "".join(
-        f'<tr><th scope="row">{_clock(piece.start)} to {_clock(piece.end)}</th>'
-        f"<td>{html.escape(piece.text)}</td></tr>"
-        for piece in transcript.pieces
-        if piece.text
+        f'<tr><th scope="row">{_clock(segment.start)} to {_clock(segment.end)}</th>'
+        f"<td>{html.escape(segment.text)}</td></tr>"
+        for segment in transcript.segments
+        if segment.text
     )
-    return f"<table><caption>Piece by piece</caption>{rows}</table>"
+    return f"<table><caption>Segment by segment</caption>{rows}</table>"
 
 
 def _clock(seconds: float) -> str:
@@ -283,7 +283,7 @@ def _clock(seconds: float) -> str:
 
 
 def picture(
-    waveform: np.ndarray, listening: Sequence[tuple[audio.Window, np.ndarray]] | None, *, done: bool = False
+    waveform: np.ndarray, attention: Sequence[tuple[audio.Window, np.ndarray]] | None, *, done: bool = False
 ) -> str:
     """The waveform [S], and on the same axis for each window what its queries attend to, [Q, T]."""
     seconds = len(waveform) / audio.SAMPLE_RATE
@@ -300,10 +300,10 @@ def picture(
         for at in np.arange(0, seconds * 0.97, step)
     )
     rows, heat, caption = "", "", ""
-    if listening:
-        queries = len(listening[0][1])
-        strongest = max(float(weights.max()) for _, weights in listening)
-        parts = "".join(_mask(window, weights / strongest, seconds) for window, weights in listening)
+    if attention:
+        queries = len(attention[0][1])
+        strongest = max(float(weights.max()) for _, weights in attention)
+        parts = "".join(_mask(window, weights / strongest, seconds) for window, weights in attention)
         rows = f"<span>1</span><span>query</span><span>{queries}</span>"
         heat = (
             f'<div class="heat" role="img" aria-label="Which moments each of the {queries} queries attends '
@@ -318,7 +318,7 @@ def picture(
     else:
         caption = f"What the queries attend to is drawn for recordings of up to {MAX_PICTURED} s."
     return (
-        f'<figure class="listening"><div class="rows" aria-hidden="true">{rows}</div><div>{wave}{heat}'
+        f'<figure class="attention"><div class="rows" aria-hidden="true">{rows}</div><div>{wave}{heat}'
         f'<div class="axis" aria-hidden="true">{axis}</div></div><figcaption>{caption}</figcaption></figure>'
     )
 
@@ -465,13 +465,13 @@ def make_app(
                     elem_id="answer",
                 )
                 drawn = gr.HTML(elem_id="picture")
-                pieces = gr.HTML(elem_id="pieces", max_height=420)
+                segments = gr.HTML(elem_id="segments", max_height=420)
         gr.HTML(
             "<p>What you record is sent to the machine that serves this page and nowhere else; there it is "
             f"deleted within {_length(2 * KEPT)}.</p>",
             elem_id="privacy",
         )
-        outputs = [message, text, pieces, drawn]
+        outputs = [message, text, segments, drawn]
         running = run.click(
             partial(respond, sparqle, max_seconds),
             [recording, task, language, prompt, *sliders],
@@ -537,7 +537,7 @@ def warm_up(sparqle: SparQLe) -> float:
     for _ in sparqle.stream((noise, audio.SAMPLE_RATE), instructions(TRANSCRIBE)[0]):
         pass
     if sparqle.has_attention:
-        sparqle.listening((noise, audio.SAMPLE_RATE))
+        sparqle.attention((noise, audio.SAMPLE_RATE))
     return time.perf_counter() - begin
 
 

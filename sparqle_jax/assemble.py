@@ -218,7 +218,7 @@ def save(model: SpeechLLM | Aligner, file: str | epath.Path) -> None:
     """
     _, trained, _ = partition(model)
     values = {".".join(map(str, path)): v.get_value() for path, v in nnx.to_flat_state(trained)}
-    tensors = {name: hosts.whole(value) for name, value in values.items()}
+    tensors = {name: hosts.all_gather(value) for name, value in values.items()}
     if hosts.is_first():
         metadata = {PARTS: parts_in(model).model_dump_json()}
         epath.Path(file).write_bytes(as_safetensors(tensors, metadata))

@@ -212,13 +212,14 @@ class Window:
 
 
 def cut(
-    blocks: Iterable[np.ndarray], max_samples: int, *, margin: float = 0.25, min_samples: int = 400
+    blocks: Iterable[np.ndarray], max_samples: int, *, speech_pad: float = 0.25, min_samples: int = 400
 ) -> Iterator[Window]:
     """A recording, in blocks float32 [S] at 16 kHz, as windows of at most `max_samples`.
 
     One that is no longer is one window. Others are cut in long pauses, else in a short one in the second half
     of what fits, else at its end, with an overlap; and where a block is empty, since another recording begins
-    there. What is left out is silence alone: of pauses in which one begins or ends, all but `margin` seconds.
+    there. What is left out is silence alone: of pauses in which one begins or ends, all but `speech_pad`
+    seconds.
     Raises UnusableAudio for a recording that is empty, too short, silent or not finite.
     """
     start, found, faults = 0, False, []
@@ -234,7 +235,7 @@ def cut(
             continue
         before = start
         try:
-            for window in _cut_one(counted(part), max_samples, margin, min_samples):
+            for window in _cut_one(counted(part), max_samples, speech_pad, min_samples):
                 yield dataclasses.replace(window, start=before + window.start)
                 found = True
         except UnusableAudio as error:
@@ -248,11 +249,11 @@ def cut(
 
 
 def _cut_one(
-    blocks: Iterator[np.ndarray], max_samples: int, margin: float, min_samples: int
+    blocks: Iterator[np.ndarray], max_samples: int, speech_pad: float, min_samples: int
 ) -> Iterator[Window]:
     """`cut` for one recording, without seams."""
     buffer, start, total, loudest = np.zeros(0, np.float32), 0, 0, -np.inf
-    kept, ahead = round(margin * SAMPLE_RATE), round(LONG_PAUSE * SAMPLE_RATE)
+    kept, ahead = round(speech_pad * SAMPLE_RATE), round(LONG_PAUSE * SAMPLE_RATE)
     more, overlaps, found = True, False, False
     while more or buffer.size:
         while more and buffer.size <= max_samples + ahead:
@@ -283,39 +284,39 @@ def _cut_one(
         raise UnusableAudio("silent", "it is silent.")
 
 
-def _without_edges(waveform: np.ndarray, margin: int) -> tuple[int, int]:
-    """Where a waveform float32 [S] begins and ends, without pauses at its edges but for `margin` samples."""
+def _without_edges(waveform: np.ndarray, speech_pad: int) -> tuple[int, int]:
+    """Where a waveform float32 [S] begins and ends: of pauses at its edges, `speech_pad` samples stay."""
     begin, end = 0, len(waveform)
     for pause in _pauses(waveform, _loudness(waveform)):
         if pause[0] == 0:
-            begin = max(begin, pause[1] - margin)
+            begin = max(begin, pause[1] - speech_pad)
         elif pause[1] == len(waveform):
-            end = min(end, pause[0] + margin)
+            end = min(end, pause[0] + speech_pad)
     return begin, end
 
 
 def _place_to_cut(
-    seen: np.ndarray, max_samples: int, margin: int, loudest: float, *, last: bool
+    seen: np.ndarray, max_samples: int, speech_pad: int, loudest: float, *, last: bool
 ) -> tuple[int, int]:
     """Where a window should end, and where the next one should begin, of what is seen float32 [S].
 
-    An end of 0 leaves out what is before the next one: a pause, but for its last `margin` samples. loudest:
-    the loudness of the recording so far. last: nothing follows what is seen.
+    An end of 0 leaves out what is before the next one: a pause, but for its last `speech_pad` samples.
+    loudest: the loudness of the recording so far. last: nothing follows what is seen.
     """
     size = min(len(seen), max_samples)
     pauses = [pause for pause in _pauses(seen, loudest) if pause[0] < size]
-    if pauses and pauses[0][0] == 0 and pauses[0][1] > margin:
-        return 0, size if last and pauses[0][1] == size else pauses[0][1] - margin
+    if pauses and pauses[0][0] == 0 and pauses[0][1] > speech_pad:
+        return 0, size if last and pauses[0][1] == size else pauses[0][1] - speech_pad
     for begin, end in pauses:
         if begin and end - begin >= LONG_PAUSE * SAMPLE_RATE:
-            kept = min(margin, (end - begin) // 2)
+            kept = min(speech_pad, (end - begin) // 2)
             return min(begin + kept, size), size if last and end == size else end - kept
     if last:
         return size, size
     later = [pause for pause in pauses if pause[0] >= size // 2]
     if later:
         begin, end = max(later, key=lambda pause: pause[1] - pause[0])
-        kept = min(margin, (end - begin) // 2)
+        kept = min(speech_pad, (end - begin) // 2)
         return min(begin + kept, size), end - kept
     return size, size - min(round(OVERLAP * SAMPLE_RATE), size // 4)
 

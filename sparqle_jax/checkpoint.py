@@ -44,14 +44,14 @@ class Checkpoints:
         self.folder, self.identity = folder.resolve(), json.loads(json.dumps(identity))
         policies = ocp.training.preservation_policies
         best = policies.BestN(
-            get_metric_fn=lambda metrics: -metrics["test_loss"], n=1, keep_checkpoints_without_metrics=False
+            get_metric_fn=lambda metrics: -metrics["valid_loss"], n=1, keep_checkpoints_without_metrics=False
         )
         latest, problem = self._find_latest() if hosts.is_first() else (-1, "")
-        if hosts.largest(bool(problem)):
+        if hosts.max_over_hosts(bool(problem)):
             raise CheckpointError(
                 problem or f"the checkpoints in {folder} can't be used; see the first host."
             )
-        self._latest = hosts.agreed(latest)
+        self._latest = hosts.broadcast(latest)
         self._checkpointer = ocp.training.Checkpointer(
             self.folder,
             preservation_policy=policies.AnyPreservationPolicy([policies.LatestN(keep), best]),
@@ -89,7 +89,7 @@ class Checkpoints:
     def save(self, step: int, state: Any, metrics: dict[str, float] | None = None) -> None:
         """Begins to write the state; the next save, or the end, waits until that is done.
 
-        metrics: "test_loss", where it was measured. Raises CheckpointError, for this or the one before.
+        metrics: "valid_loss", where it was measured. Raises CheckpointError, for this or the one before.
         """
         self.wait()
         if step == self._latest:
@@ -128,7 +128,7 @@ class Checkpoints:
         if not self._is_local():
             return
         needed = sum(x.nbytes for x in jax.tree.leaves(state))
-        free = hosts.agreed(min(shutil.disk_usage(self.folder).free >> 20, 2**31 - 1))
+        free = hosts.broadcast(min(shutil.disk_usage(self.folder).free >> 20, 2**31 - 1))
         if free < needed >> 20:
             sizes = f"No space left: it takes {needed / 1e6:.1f} MB and the disk has {free} MiB left"
             raise self._failed(step, OSError(sizes))

@@ -35,6 +35,11 @@ RENAMED = {
     "adapter.start": "init_from",
     "adapter.tokenizer": "stage1.tokenizer",
     "adapter.features": "stage1.embed_dim",
+    "data.test": "data.valid",
+    "margin": "speech_pad",
+    "test_languages": "eval_languages",
+    **{f"{stage}.test_every": f"{stage}.eval_every" for stage in ("stage1", "stage2")},
+    **{f"{stage}.optim.final_lr": f"{stage}.optim.final_lr_factor" for stage in ("stage1", "stage2")},
 }
 
 
@@ -43,8 +48,8 @@ class Model(pydantic.BaseModel, frozen=True, extra="forbid", strict=True):
 
 
 class OptimConfig(Model):
-    """AdamW with weight decay on matrices; after a linear warm-up a cosine or a line down to `final_lr` * lr,
-    or lr throughout.
+    """AdamW with weight decay on matrices; after a linear warm-up a cosine or a line down to
+    `final_lr_factor` * lr, or lr throughout.
 
     A run of no more than `warmup_steps` steps has its warm-up on all but its last.
     """
@@ -52,7 +57,7 @@ class OptimConfig(Model):
     lr: Annotated[float, pydantic.Field(gt=0)] = 1e-4
     schedule: Literal["cosine", "linear", "constant"] = "cosine"
     warmup_steps: Annotated[int, pydantic.Field(ge=0)] = 1000
-    final_lr: Annotated[float, pydantic.Field(ge=0, le=1)] = 0.01
+    final_lr_factor: Annotated[float, pydantic.Field(ge=0, le=1)] = 0.01
     b1: Share = 0.9
     b2: Share = 0.98
     weight_decay: Annotated[float, pydantic.Field(ge=0)] = 0.05
@@ -72,7 +77,7 @@ class MeshConfig(Model):
 class StageConfig(Model):
     """One stage. batch_size: examples in a batch of the longest recordings, on all devices together; of
     shorter ones there are more, for about the same seconds. save_every: steps between checkpoints; the last
-    `keep` are kept. test_every: steps, a multiple of save_every, between looks at the loss on data.test; the
+    `keep` are kept. eval_every: steps, a multiple of save_every, between looks at the loss on data.valid; the
     checkpoint with the lowest is kept as well.
 
     accumulate: into how many parts a batch is cut that are computed one after the other, so that the memory
@@ -88,8 +93,8 @@ class StageConfig(Model):
     save_every: Positive = 1000
     keep: Positive = 2
     log_every: Positive = 10
-    test_every: Positive | None = None
-    evaluate: bool = True  # on data.test, when the stage ends
+    eval_every: Positive | None = None
+    evaluate: bool = True  # on data.valid, when the stage ends
 
     @property
     def summed_parts(self) -> int:
@@ -98,9 +103,9 @@ class StageConfig(Model):
 
     @pydantic.model_validator(mode="after")
     def _tests_are_saved(self) -> "StageConfig":
-        if self.test_every is not None and self.test_every % self.save_every:
+        if self.eval_every is not None and self.eval_every % self.save_every:
             raise ValueError(
-                f"test_every={self.test_every} is not a multiple of save_every={self.save_every}: of those "
+                f"eval_every={self.eval_every} is not a multiple of save_every={self.save_every}: of those "
                 "that are saved, the best is kept"
             )
         return self
@@ -189,7 +194,7 @@ class DataConfig(Model):
     """
 
     train: Annotated[dict[str, TrainSet], pydantic.Field(min_length=1)]
-    test: dict[str, str] = {}
+    valid: dict[str, str] = {}
     max_seconds: Annotated[float, pydantic.Field(gt=0)] = 30.0
     buckets: Positive | Annotated[tuple[float, ...], pydantic.Field(min_length=1)] = 8
     batch_multiple: Positive = 1
@@ -221,9 +226,10 @@ class Config(Model):
     init_from: a file that training saved, a checkpoint with the published names, or a BERT folder for a
     Q-Former to start from; None begins at random.
 
-    test_languages: into which to translate when evaluating; the adapter need not have been trained for them.
-    max_new_tokens: of an answer, when evaluating and in the model folder that stage 2 leaves. margin: seconds
-    of silence that this model gets before and after speech: as many as in the recordings it learns from.
+    eval_languages: into which to translate when evaluating; the adapter need not have been trained for them.
+    max_new_tokens: of an answer, when evaluating and in the model folder that stage 2 leaves. speech_pad:
+    seconds of silence that this model gets before and after speech: as many as in the recordings it learns
+    from.
     """
 
     run: Folder
@@ -235,9 +241,9 @@ class Config(Model):
     init_from: Path | None = None
     stage1: Stage1Config | None = None
     stage2: Stage2Config | None = None
-    test_languages: tuple[str, ...] = ()
+    eval_languages: tuple[str, ...] = ()
     max_new_tokens: Positive = 256
-    margin: Annotated[float, pydantic.Field(ge=0)] = 0.25
+    speech_pad: Annotated[float, pydantic.Field(ge=0)] = 0.25
     dtype: Literal["float32", "bfloat16"] = "float32"  # of matrix products and of the frozen towers
     seed: Annotated[int, pydantic.Field(ge=0)] = 0
 
@@ -255,8 +261,8 @@ class Config(Model):
             )
         if self.stage1 is None and self.stage2 is None:
             raise ValueError("neither stage1 nor stage2 is there: nothing would be trained")
-        if self.data.test == {} and any(s and s.test_every for s in (self.stage1, self.stage2)):
-            raise ValueError("test_every needs data.test, which is empty")
+        if self.data.valid == {} and any(s and s.eval_every for s in (self.stage1, self.stage2)):
+            raise ValueError("eval_every needs data.valid, which is empty")
         return self
 
 

@@ -377,7 +377,7 @@ class Evaluation:
         """The answers to recordings that are heard window by window."""
         recordings = ((self.data_set.waveform(index), SAMPLE_RATE) for index in batch)
         texts = []
-        heard = self.sparqle.listen(recordings, instruction, batch_size=self.batch_size, **self.settings)
+        heard = self.sparqle.run(recordings, instruction, batch_size=self.batch_size, **self.settings)
         for index, result in zip(batch, heard, strict=True):
             if isinstance(result, Exception) and not self._is_right(index, result):
                 raise self._named(index, result) from result
@@ -472,7 +472,7 @@ def collect(
             rows = rows_there(output, identity, order)
         except (ValueError, OSError) as error:
             failed = str(error)
-    done = hosts.agreed(-1 if failed else len(rows))
+    done = hosts.broadcast(-1 if failed else len(rows))
     if done < 0:
         raise ValueError(failed or "the first host can't go on, and says why.")
     file = output / ANSWERS if output is not None and hosts.is_first() else None
@@ -752,7 +752,7 @@ def main(argv: list[str] | None = None) -> int:
         return FAILED
     except KeyboardInterrupt:
         if args.output is not None:
-            hosts.say("stopped; the same command goes on from there.")
+            hosts.print_once("stopped; the same command goes on from there.")
         return INTERRUPTED
     scores = results["scores"]
     named = {"all": scores["all"], **scores["by language"], **scores["by length"]}

@@ -108,17 +108,17 @@ def stream(model: SpeechLLM, batch: Batch, config: GenerationConfig) -> Iterator
     Of beam search, the best so far, which may still change. The last is what `generate` gives.
     """
     programs = _Programs(model, config)
-    state, news = programs.prefill(batch)
-    step, going, tokens = map(hosts.whole, news)
+    state, outputs = programs.prefill(batch)
+    step, unfinished, tokens = map(hosts.all_gather, outputs)
     answers, rows = tokens.copy(), np.arange(len(tokens))
     sizes = _smaller_sizes(len(tokens), programs.parts)
     yield answers[:, :step].copy()
-    while going.any():
-        while sizes and going.sum() <= sizes[0]:
-            kept = np.argsort(~going, kind="stable")[: sizes.pop(0)]
-            state, rows, going = programs.keep(state, kept), rows[kept], going[kept]
-        state, news = programs.decode(state)
-        step, going, tokens = map(hosts.whole, news)
+    while unfinished.any():
+        while sizes and unfinished.sum() <= sizes[0]:
+            kept = np.argsort(~unfinished, kind="stable")[: sizes.pop(0)]
+            state, rows, unfinished = programs.keep(state, kept), rows[kept], unfinished[kept]
+        state, outputs = programs.decode(state)
+        step, unfinished, tokens = map(hosts.all_gather, outputs)
         answers[rows] = tokens
         yield answers[:, :step].copy()
 
@@ -142,12 +142,12 @@ class _Programs:
         self.mesh = _mesh(self.model[1])
         self.parts = 1 if self.mesh is None else batch_parts(self.mesh)
 
-    def prefill(self, batch: Batch) -> tuple["_State", "_News"]:
+    def prefill(self, batch: Batch) -> tuple["_State", "_Outputs"]:
         seeds = batch.get("seed", np.full(batch["before"].shape[0], self.seed, np.uint32))
         graph, parameters = self.model
         return self._on_mesh(_prefill, graph, self.config, parameters, dict(batch), seeds)
 
-    def decode(self, state: "_State") -> tuple["_State", "_News"]:
+    def decode(self, state: "_State") -> tuple["_State", "_Outputs"]:
         return self._on_mesh(_decode, self.llm[0], self.config, self.llm[1], state)
 
     def keep(self, state: "_State", rows: np.ndarray) -> "_State":
@@ -170,14 +170,14 @@ def _mesh(parameters: nnx.State) -> Mesh | None:
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass
-class _Answers:
+class _GreedyState:
     """State of greedy search and of sampling.
 
-    tokens int [B, L]; going bool [B]: which have not ended; seeds uint32 [B].
+    tokens int [B, L]; unfinished bool [B]: which have not ended; seeds uint32 [B].
     """
 
     tokens: jax.Array
-    going: jax.Array
+    unfinished: jax.Array
     seeds: jax.Array
 
     @property
@@ -187,11 +187,11 @@ class _Answers:
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass
-class _Beams:
+class _BeamState:
     """State of beam search.
 
     tokens int [B, W, L], scores [B, W]: the beams that go on. done_*: the best whole answers so far, their
-    scores divided by length ** length_penalty, and which of them are there. going bool [B]: could a beam
+    scores divided by length ** length_penalty, and which of them are there. unfinished bool [B]: could a beam
     still become one of the best?
     """
 
@@ -200,11 +200,11 @@ class _Beams:
     done_tokens: jax.Array
     done_scores: jax.Array
     done: jax.Array
-    going: jax.Array
+    unfinished: jax.Array
 
     @property
     def best(self) -> jax.Array:
-        none = (self.going & ~self.done[:, 0])[:, None]
+        none = (self.unfinished & ~self.done[:, 0])[:, None]
         return jnp.where(none, self.tokens[:, 0], self.done_tokens[:, 0])
 
 
@@ -215,20 +215,22 @@ class _State:
 
     step: jax.Array
     cache: Any
-    answers: _Answers | _Beams
+    answers: _GreedyState | _BeamState
 
 
-_News = tuple[jax.Array, jax.Array, jax.Array]  # step int32 [], going bool [B], the best answers int [B, L]
+_Outputs = tuple[
+    jax.Array, jax.Array, jax.Array
+]  # step int32 [], unfinished bool [B], the best answers int [B, L]
 
 
-def _news(state: _State) -> _News:
-    return state.step, state.answers.going, state.answers.best
+def _outputs(state: _State) -> _Outputs:
+    return state.step, state.answers.unfinished, state.answers.best
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1))
 def _prefill(
     graph: nnx.GraphDef, config: GenerationConfig, parameters: nnx.State, batch: Batch, seeds: jax.Array
-) -> tuple[_State, _News]:
+) -> tuple[_State, _Outputs]:
     """Reads the prompts and chooses the first tokens."""
     model = nnx.merge(graph, parameters)
     prompt, mask = model.embed_prompt(batch)
@@ -238,7 +240,7 @@ def _prefill(
     answers = _start(seeds, config) if config.num_beams == 1 else _start_beams(len(seeds), config)
     cache, logits = cache.repeat(config.num_beams), jnp.repeat(logits, config.num_beams, 0)
     state = _choose(_State(jnp.int32(0), cache, answers), logits, config)
-    return state, _news(state)
+    return state, _outputs(state)
 
 
 def _cache_size(needed: int, most: int) -> int:
@@ -249,13 +251,13 @@ def _cache_size(needed: int, most: int) -> int:
 @functools.partial(jax.jit, static_argnums=(0, 1), donate_argnums=3)
 def _decode(
     graph: nnx.GraphDef, config: GenerationConfig, parameters: nnx.State, state: _State
-) -> tuple[_State, _News]:
+) -> tuple[_State, _Outputs]:
     """Up to CHUNK tokens more, until all answers have ended."""
     llm = nnx.merge(graph, parameters)
     stop = state.step + CHUNK
 
-    def going_on(state: _State) -> jax.Array:
-        return (state.step < stop) & state.answers.going.any()
+    def has_more(state: _State) -> jax.Array:
+        return (state.step < stop) & state.answers.unfinished.any()
 
     def step(state: _State) -> _State:
         tokens = state.answers.tokens.reshape(-1, config.max_new_tokens)
@@ -263,8 +265,8 @@ def _decode(
         hidden, cache = llm.step(last[:, 0], state.cache)
         return _choose(dataclasses.replace(state, cache=cache), llm.logits(hidden), config)
 
-    state = jax.lax.while_loop(going_on, step, state)
-    return state, _news(state)
+    state = jax.lax.while_loop(has_more, step, state)
+    return state, _outputs(state)
 
 
 @jax.jit
@@ -276,12 +278,12 @@ def _keep(state: _State, rows: jax.Array) -> _State:
     return _State(state.step, state.cache.take(of_beams), _split(answers))
 
 
-def _split(answers: _Answers | _Beams) -> _Answers | _Beams:
+def _split(answers: _GreedyState | _BeamState) -> _GreedyState | _BeamState:
     """As `split_batch`; a batch that can't be split is whole everywhere, so that programs agree on it."""
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.empty:
         return answers
-    spec = PartitionSpec() if len(answers.going) % batch_parts(mesh) else PartitionSpec(BATCH_AXES)
+    spec = PartitionSpec() if len(answers.unfinished) % batch_parts(mesh) else PartitionSpec(BATCH_AXES)
     return jax.lax.with_sharding_constraint(answers, spec)
 
 
@@ -361,41 +363,41 @@ def draw(scores: jax.Array, seeds: jax.Array, step: jax.Array) -> jax.Array:
     return jnp.argmax(scores + jax.vmap(noise)(seeds), -1).astype(jnp.int32)
 
 
-def _start(seeds: jax.Array, config: GenerationConfig) -> _Answers:
+def _start(seeds: jax.Array, config: GenerationConfig) -> _GreedyState:
     tokens = jnp.full((len(seeds), config.max_new_tokens), config.pad_token_id, jnp.int32)
-    return _Answers(tokens, jnp.ones(len(seeds), bool), seeds.astype(jnp.uint32))
+    return _GreedyState(tokens, jnp.ones(len(seeds), bool), seeds.astype(jnp.uint32))
 
 
 def _choose_tokens(
-    answers: _Answers, step: jax.Array, logits: jax.Array, config: GenerationConfig
-) -> _Answers:
+    answers: _GreedyState, step: jax.Array, logits: jax.Array, config: GenerationConfig
+) -> _GreedyState:
     scores = process(logits, answers.tokens, step, config)
     if config.do_sample:
         token = draw(scores, answers.seeds, step)
     else:
         token = jnp.argmax(scores, -1).astype(jnp.int32)
-    token = jnp.where(answers.going, token, config.pad_token_id)
-    going = answers.going & ~_ends(token, config) & (step + 1 < config.max_new_tokens)
-    return _Answers(answers.tokens.at[:, step].set(token), going, answers.seeds)
+    token = jnp.where(answers.unfinished, token, config.pad_token_id)
+    unfinished = answers.unfinished & ~_ends(token, config) & (step + 1 < config.max_new_tokens)
+    return _GreedyState(answers.tokens.at[:, step].set(token), unfinished, answers.seeds)
 
 
-def _start_beams(batch: int, config: GenerationConfig) -> _Beams:
+def _start_beams(batch: int, config: GenerationConfig) -> _BeamState:
     beams = config.num_beams
     empty = jnp.full((batch, beams, config.max_new_tokens), config.pad_token_id, jnp.int32)
-    return _Beams(
+    return _BeamState(
         tokens=empty,
         # The beams begin equal: only the first counts, or all would go on alike.
         scores=jnp.full((batch, beams), NEVER).at[:, 0].set(0.0),
         done_tokens=empty,
         done_scores=jnp.full((batch, beams), NEVER),
         done=jnp.zeros((batch, beams), bool),
-        going=jnp.ones(batch, bool),
+        unfinished=jnp.ones(batch, bool),
     )
 
 
 def _continue_beams(
-    state: _Beams, step: jax.Array, logits: jax.Array, config: GenerationConfig
-) -> tuple[_Beams, jax.Array]:
+    state: _BeamState, step: jax.Array, logits: jax.Array, config: GenerationConfig
+) -> tuple[_BeamState, jax.Array]:
     """The beams with one token more, and from which beam each comes: int [B, W]."""
     (batch, beams, length), vocab = state.tokens.shape, logits.shape[1]
     # If every beam's best continuation ended it, there are still as many others to go on with.
@@ -409,27 +411,27 @@ def _continue_beams(
     tokens = _take(state.tokens, parents).at[:, :, step].set(token.astype(jnp.int32))
     ended = _ends(token, config) | (step + 1 >= length)
 
-    going_scores, going = jax.lax.top_k(scores + NEVER * ended, beams)
+    unfinished_scores, unfinished = jax.lax.top_k(scores + NEVER * ended, beams)
     whole = ended & (jnp.arange(kept) < beams)
     done_scores = scores / divisors[step] + NEVER * ~whole
     # Answers that have ended for good stay as they are while others in the batch go on.
-    done_scores = jnp.where(state.going[:, None], done_scores, -jnp.inf)
+    done_scores = jnp.where(state.unfinished[:, None], done_scores, -jnp.inf)
     done_scores, best = jax.lax.top_k(jnp.concatenate([state.done_scores, done_scores], 1), beams)
     done = _take(jnp.concatenate([state.done, whole], 1), best)
 
     far = config.early_stopping == "never" and config.length_penalty > 0
-    reachable = going_scores[:, :1] / divisors[length - 1 if far else step]
+    reachable = unfinished_scores[:, :1] / divisors[length - 1 if far else step]
     worst = jnp.where(done, done_scores.min(1, keepdims=True), NEVER)
     enough = done.all(1) & (config.early_stopping is True)
-    beams = _Beams(
-        tokens=_take(tokens, going),
-        scores=going_scores,
+    beams = _BeamState(
+        tokens=_take(tokens, unfinished),
+        scores=unfinished_scores,
         done_tokens=_take(jnp.concatenate([state.done_tokens, tokens], 1), best),
         done_scores=done_scores,
         done=done,
-        going=state.going & (reachable > worst).any(1) & ~enough & (step + 1 < length),
+        unfinished=state.unfinished & (reachable > worst).any(1) & ~enough & (step + 1 < length),
     )
-    return beams, _take(parents, going)
+    return beams, _take(parents, unfinished)
 
 
 def best_of(scores: jax.Array, number: int) -> tuple[jax.Array, jax.Array]:

@@ -40,23 +40,23 @@ def is_first() -> bool:
     return jax.process_index() == 0
 
 
-def say(text: str) -> None:
+def print_once(text: str) -> None:
     """Prints on the first host."""
     if is_first():
         print(text, flush=True)
 
 
-def agreed(number: int) -> int:
+def broadcast(number: int) -> int:
     """The number that the first host has. All hosts must call this."""
     return int(multihost_utils.broadcast_one_to_all(np.int32(number)))
 
 
-def largest(number: int) -> int:
+def max_over_hosts(number: int) -> int:
     """The largest of the numbers that the hosts have. All hosts must call this."""
     return int(np.max(multihost_utils.process_allgather(np.int32(number))))
 
 
-def whole(array: jax.Array | np.ndarray) -> np.ndarray:
+def all_gather(array: jax.Array | np.ndarray) -> np.ndarray:
     """All of an array, also of one that is split over hosts; all of them must call this then."""
     if isinstance(array, jax.Array) and not (array.is_fully_addressable or array.is_fully_replicated):
         array = _gather(array.sharding.mesh)(array)

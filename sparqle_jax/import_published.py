@@ -44,7 +44,7 @@ def main(argv: list[str] | None = None) -> int:
             max_seconds=args.max_seconds,
             max_new_tokens=args.max_new_tokens,
             # The published code leaves all silence where it is.
-            margin=args.max_seconds if args.published else 0.25,
+            speech_pad=args.max_seconds if args.published else 0.25,
             dtype=args.dtype,
             compat="published" if args.published else None,
             system=args.system_prompt and args.system_prompt.read_text(),

@@ -23,7 +23,7 @@ from sparqle_jax.checkpoint import Checkpoints
 from sparqle_jax.data.dataset import CorruptRecord
 from sparqle_jax.data.pipeline import Examples, batches
 from sparqle_jax.data.plan import Batch
-from sparqle_jax.metrics import Log, Tester
+from sparqle_jax.metrics import Log, Validation
 from sparqle_jax.model import partition
 from sparqle_jax.sharding import MESH_AXES, batch_sharding, state_sharding
 from sparqle_jax.stages import Stage
@@ -81,7 +81,7 @@ def train(
             return nnx.merge(graph, state.trained, frozen)
         update = make_update(graph, optimizer, shardings, accumulate=config.summed_parts)
         programs = compile_steps(update, state, frozen, stage, mesh)
-        tester = Tester(graph, stage.tests, mesh)
+        validation = Validation(graph, stage.valid_sets, mesh)
         inputs = batches(
             stage.examples,
             plan,
@@ -94,8 +94,8 @@ def train(
         traced = range(min(start + 3, config.steps), min(start + 2 + profile, config.steps) + 1)
         running: deque[tuple[int, Any]] = deque()  # steps that the devices may still be at
         with _signals() as signalled, Log(folder, stage, schedule, programs, start) as log:
-            if config.test_every and not start:  # finds out as well whether that fits
-                log.tested(0, tester(state.trained, frozen))
+            if config.eval_every and not start:  # finds out as well whether that fits
+                log.validated(0, validation(state.trained, frozen))
 
             def settle(leave: int) -> int:
                 """Waits for all steps but the last few, and returns the signal that came with them."""
@@ -136,13 +136,13 @@ def train(
                     jax.profiler.stop_trace()
                 if save or came:
                     came = max(came, settle(0))
-                    tested = None
-                    if config.test_every and step % config.test_every == 0:
-                        tested = log.tested(step, tester(state.trained, frozen))
+                    scores = None
+                    if config.eval_every and step % config.eval_every == 0:
+                        scores = log.validated(step, validation(state.trained, frozen))
                     log.flush()
-                    checkpoints.save(step, state, tested)
+                    checkpoints.save(step, state, scores)
                 if step == config.steps:
-                    came = max(came, hosts.largest(signalled()))
+                    came = max(came, hosts.max_over_hosts(signalled()))
                 if came:
                     checkpoints.wait()
                     raise Stopped(f"{stage.name} stopped at step {step} of {config.steps}", came)
@@ -156,7 +156,7 @@ def compile_steps(
     another minute of compiling; all at once, as the compiler uses few cores for one."""
     began, steps = time.monotonic(), []
     for batch in stage.plan.one_of_each():
-        hosts.say(
+        hosts.print_once(
             f"{stage.name}: compiling a step of {len(batch.indices)} recordings of up to "
             f"{batch.num_samples / audio.SAMPLE_RATE:.2f} s for {mesh.size} x "
             f"{mesh.devices.flat[0].device_kind} ..."
@@ -167,7 +167,7 @@ def compile_steps(
             steps.append((traced.lower(), flops.count(traced.jaxpr).model, arrays))
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         programs = list(pool.map(lambda step: Program(step[0].compile(), *step[1:]), steps))
-    hosts.say(f"{stage.name}: compiled in {time.monotonic() - began:.0f} s")
+    hosts.print_once(f"{stage.name}: compiled in {time.monotonic() - began:.0f} s")
     return programs
 
 

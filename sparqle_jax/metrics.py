@@ -1,4 +1,4 @@
-"""The numbers of a run as it goes: a progress bar, metrics.jsonl, TensorBoard, and losses on test sets."""
+"""The numbers of a run as it goes: progress bar, metrics.jsonl, TensorBoard, losses on validation sets."""
 
 import json
 import sys
@@ -18,17 +18,17 @@ from tensorboardX import SummaryWriter
 from sparqle_jax import audio, commands, hosts
 from sparqle_jax.chips import chip_of
 from sparqle_jax.data.pipeline import SKIPPED, Examples, batches
-from sparqle_jax.data.plan import Plan
+from sparqle_jax.data.plan import BatchPlan
 from sparqle_jax.sharding import batch_sharding, replicated
 from sparqle_jax.stages import Stage
 from sparqle_jax.step import Program
 
 
-class Tester:
-    """The mean losses on test sets: over their whole batches, of tokens over all tokens."""
+class Validation:
+    """Mean losses on validation sets: over their whole batches, of tokens over all tokens."""
 
-    def __init__(self, graph: nnx.GraphDef, tests: Mapping[str, tuple[Examples, Plan]], mesh: Mesh):
-        self.tests, self.mesh = tests, mesh
+    def __init__(self, graph: nnx.GraphDef, valid_sets: Mapping[str, tuple[Examples, BatchPlan]], mesh: Mesh):
+        self.valid_sets, self.mesh = valid_sets, mesh
         self._loss = jax.jit(
             lambda trained, frozen, batch, seed: nnx.merge(graph, trained, frozen).loss(
                 batch, jax.random.key(seed), train=False
@@ -38,14 +38,16 @@ class Tester:
 
     def __call__(self, trained: nnx.State, frozen: nnx.State) -> dict[str, dict[str, float]]:
         """By test set: "loss", and its parts by name."""
-        return {name: self._mean(trained, frozen, *test) for name, test in self.tests.items()}
+        return {name: self._mean(trained, frozen, *test) for name, test in self.valid_sets.items()}
 
     def _mean(
-        self, trained: nnx.State, frozen: nnx.State, examples: Examples, plan: Plan
+        self, trained: nnx.State, frozen: nnx.State, examples: Examples, plan: BatchPlan
     ) -> dict[str, float]:
         number, rows = plan.batches_per_epoch, []
         inputs = batches(examples, plan, seed=0, stop=number, sharding=batch_sharding(self.mesh))
-        for step in tqdm.trange(number, desc="test", unit="batch", leave=False, disable=not hosts.is_first()):
+        for step in tqdm.trange(
+            number, desc="valid", unit="batch", leave=False, disable=not hosts.is_first()
+        ):
             batch = next(inputs)
             del batch[SKIPPED]
             with jax.set_mesh(self.mesh):
@@ -153,14 +155,14 @@ class Log:
         self._write(step, row)
         self._begin()
 
-    def tested(self, step: int, losses: dict[str, dict[str, float]]) -> dict[str, float]:
-        """Writes the losses on test sets, and their mean, test_loss, which it returns."""
-        row = {"test_loss": float(np.mean([parts["loss"] for parts in losses.values()]))}
+    def validated(self, step: int, losses: dict[str, dict[str, float]]) -> dict[str, float]:
+        """Writes the losses on validation sets, and their mean, valid_loss, which it returns."""
+        row = {"valid_loss": float(np.mean([parts["loss"] for parts in losses.values()]))}
         self._write(
-            step, row | {f"test/{name}/{k}": v for name, parts in losses.items() for k, v in parts.items()}
+            step, row | {f"valid/{name}/{k}": v for name, parts in losses.items() for k, v in parts.items()}
         )
         self._begin()  # the time that this took is no step's
-        self.bar.write(f"step {step}: test_loss {row['test_loss']:.4f}", file=sys.stderr)
+        self.bar.write(f"step {step}: valid_loss {row['valid_loss']:.4f}", file=sys.stderr)
         return row
 
     def _write(self, step: int, row: dict[str, float]) -> None:

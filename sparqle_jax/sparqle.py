@@ -42,7 +42,8 @@ from sparqle_jax.sharding import batch_parts, batch_sharding
 
 MINIATURE = Path(__file__).parent / "demo" / "models" / "sparqle"
 BATCH_SIZE = 32
-LISTENING = ("batch_size", "heard")  # options of `listen` that are not of generation
+RENAMED = {"listen": "run", "listening": "attention"}
+RUN_OPTIONS = ("batch_size", "heard")  # options of `run` that are not of generation
 OVERLAPPING = 8  # words, more than there are in an overlap
 LENGTHS = 4  # waveforms are padded to one of so many lengths, and to a power of two of them
 
@@ -65,11 +66,11 @@ class Tower(pydantic.BaseModel, frozen=True, extra="forbid"):
         return cls(folder=folder, name=pretrained.hub_name(folder), revision=pretrained.hub_revision(folder))
 
 
-class ModelConfig(pydantic.BaseModel, frozen=True, extra="forbid"):
+class ModelConfig(pydantic.BaseModel, frozen=True, extra="forbid", populate_by_name=True):
     """What `config.json` of a model folder says.
 
     max_seconds: the longest waveform that the model hears at once. max_new_tokens: of an answer to one.
-    margin: seconds of silence that are left before and after speech (see `audio.cut`).
+    speech_pad: seconds of silence that are left before and after speech (see `audio.cut`).
     dtype: of matrix products and of the towers. compat, system: see `Prompter`. generation: settings of
     `GenerationConfig` that are not its defaults.
     """
@@ -78,7 +79,7 @@ class ModelConfig(pydantic.BaseModel, frozen=True, extra="forbid"):
     llm: Tower
     max_seconds: float
     max_new_tokens: int
-    margin: float = 0.25
+    speech_pad: float = pydantic.Field(0.25, validation_alias=pydantic.AliasChoices("speech_pad", "margin"))
     dtype: Literal["float32", "bfloat16"]
     compat: Compat = None
     system: str | None = None
@@ -86,7 +87,7 @@ class ModelConfig(pydantic.BaseModel, frozen=True, extra="forbid"):
 
 
 @dataclasses.dataclass(frozen=True)
-class Piece:
+class Segment:
     """The answer to what is said from start to end, in seconds. complete: not cut at max_new_tokens."""
 
     start: float
@@ -97,18 +98,23 @@ class Piece:
 
 @dataclasses.dataclass(frozen=True)
 class Transcript:
-    """The answer to a recording, in pieces where it is longer than the model hears at once."""
+    """The answer to a recording, in segments where it is longer than the model hears at once."""
 
-    pieces: tuple[Piece, ...]
+    segments: tuple[Segment, ...]
 
     @property
     def text(self) -> str:
-        return " ".join(piece.text for piece in self.pieces if piece.text)
+        return " ".join(segment.text for segment in self.segments if segment.text)
+
+    def __getattr__(self, name: str) -> Any:
+        if name == "pieces":
+            raise AttributeError("Transcript.pieces is now Transcript.segments.")
+        raise AttributeError(name)
 
     @property
     def complete(self) -> bool:
         """Whether no answer was cut at max_new_tokens."""
-        return all(piece.complete for piece in self.pieces)
+        return all(segment.complete for segment in self.segments)
 
     def __str__(self) -> str:
         return self.text
@@ -218,7 +224,7 @@ class SparQLe:
     def transcribe(self, recordings: Any, **options: Any) -> Transcript | list[Transcript]:
         """What is said: a Transcript, or for any sequence of recordings a list of them.
 
-        (waveform, sample rate) is one recording. Options are those of `listen`.
+        (waveform, sample rate) is one recording. Options are those of `run`.
         Raises ValueError and FileNotFoundError for the first that can't be heard, naming it.
         """
         return self._all(recordings, instructions(TRANSCRIBE)[0], options)
@@ -246,7 +252,7 @@ class SparQLe:
         comes first."""
         return self._all(recordings, with_speech(prompt), options)
 
-    def listen(
+    def run(
         self,
         recordings: Iterable[Recording],
         instruction: str,
@@ -264,48 +270,48 @@ class SparQLe:
         config = self.generation_config(**settings)
         if self.config.compat == "published":
             batch_size = 1  # whose mask is inverted
-        waiting: deque[_Listening] = deque()
-        batch: list[tuple[_Listening, audio.Window]] = []
+        waiting: deque[_Job] = deque()
+        batch: list[tuple[_Job, audio.Window]] = []
 
         def answer() -> None:
             windows = [window for _, window in batch]
-            for (listening, window), answered in zip(
+            for (job, window), answered in zip(
                 batch, self._answers(windows, instruction, config), strict=True
             ):
-                listening.add(window, answered)
+                job.add(window, answered)
             heard(sum(len(window.waveform) for window in windows) / audio.SAMPLE_RATE)
             batch.clear()
 
         for recording in recordings:
-            waiting.append(listening := _Listening())
+            waiting.append(job := _Job())
             try:
                 for window in self.windows(recording):
-                    listening.open += 1
-                    batch.append((listening, window))
+                    job.open += 1
+                    batch.append((job, window))
                     if len(batch) == batch_size:
                         answer()
             except Exception as error:  # whatever it is, it is this recording's alone
-                listening.error = error
-            listening.whole = True
+                job.error = error
+            job.whole = True
             while waiting and waiting[0].ready:
                 yield waiting.popleft().result()
         if batch:
             answer()
-        for listening in waiting:
-            yield listening.result()
+        for job in waiting:
+            yield job.result()
 
     def stream(self, recording: Recording, instruction: str, **settings) -> Iterator[Transcript]:
         """The answer so far, as it grows. Raises as `transcribe` does."""
         config = self.generation_config(**settings)
-        whole = _Listening()
+        whole = _Job()
         for window in self.windows(recording):
             whole.open += 1
             frames = self.encode([window.waveform])
             with self._on_mesh():
                 for rows in stream(self.model, self._asked(instruction, frames), config):
-                    row = hosts.whole(rows)[0]
+                    row = hosts.all_gather(rows)[0]
                     text = self.prompter.decode(row)
-                    yield Transcript((*whole.pieces, Piece(*window.seconds, text)))
+                    yield Transcript((*whole.segments, Segment(*window.seconds, text)))
             whole.add(window, (text, _has_end(row, config)))
         yield whole.transcript()
 
@@ -314,7 +320,7 @@ class SparQLe:
         yield from audio.cut(
             _blocks(recording),
             self._max_samples,
-            margin=self.config.margin,
+            speech_pad=self.config.speech_pad,
             min_samples=self._min_samples,
         )
 
@@ -376,7 +382,7 @@ class SparQLe:
         """Whether the adapter's tokens attend to frames, so that it can be shown to which."""
         return hasattr(self.model.adapter, "attention")
 
-    def listening(self, recording: Recording) -> np.ndarray:
+    def attention(self, recording: Recording) -> np.ndarray:
         """Which frames of a recording, no longer than is heard at once, the tokens attend to.
 
         float32 [Q, T], the mean of the cross-attentions; each token's weights have the sum 1. Raises
@@ -388,8 +394,14 @@ class SparQLe:
         if more:
             raise ValueError(f"only {self.config.max_seconds:g} s can be shown at once.")
         heard = self.encode([window.waveform])
-        weights = _listening(*nnx.split(self.model.adapter), heard["frames"], heard["frames_mask"])
+        weights = _attention(*nnx.split(self.model.adapter), heard["frames"], heard["frames_mask"])
         return np.asarray(weights)[:, : int(heard["frames_mask"][0].sum())]
+
+    def __getattr__(self, name: str) -> Any:
+        """Says under which names methods of former versions are."""
+        if name in RENAMED:
+            raise AttributeError(f"SparQLe.{name} is now SparQLe.{RENAMED[name]}.")
+        raise AttributeError(f"SparQLe has no attribute {name!r}.")
 
     # --- Inside ------------------------------------------------------------------------------------------
 
@@ -410,14 +422,14 @@ class SparQLe:
     def _all(self, recordings: Any, instruction: str, options: dict[str, Any]) -> Any:
         if _is_one(recordings):
             return self._all([recordings], instruction, options)[0]
-        results = list(self.listen(recordings, instruction, **options))
+        results = list(self.run(recordings, instruction, **options))
         for i, result in enumerate(results):
             if isinstance(result, audio.UnusableAudio):
                 raise ValueError(f"recording {i}: {result}") from result
             if isinstance(result, Exception):
                 raise result
         if cut := sum(not result.complete for result in results):
-            config = self.generation_config(**{k: v for k, v in options.items() if k not in LISTENING})
+            config = self.generation_config(**{k: v for k, v in options.items() if k not in RUN_OPTIONS})
             warnings.warn(
                 f"{cut} of {len(results)} answers have no end within max_new_tokens={config.max_new_tokens} "
                 "tokens: they are cut there (see Transcript.complete).",
@@ -452,7 +464,7 @@ class SparQLe:
     def _generate(self, batch: dict[str, Any], num: int, config: GenerationConfig) -> list[tuple[str, bool]]:
         """The texts of the first `num` answers, and whether each has its end."""
         with self._on_mesh():
-            rows = hosts.whole(generate(self.model, batch, config))[:num]
+            rows = hosts.all_gather(generate(self.model, batch, config))[:num]
         return [(self.prompter.decode(row), _has_end(row, config)) for row in rows]
 
     def _texts(self, batch: dict[str, Any], num: int, config: GenerationConfig) -> list[str]:
@@ -485,10 +497,10 @@ class SparQLe:
 
 
 @dataclasses.dataclass
-class _Listening:
+class _Job:
     """A recording while it is heard. open: its windows that are not answered yet; whole: it has no more."""
 
-    pieces: list[Piece] = dataclasses.field(default_factory=list)
+    segments: list[Segment] = dataclasses.field(default_factory=list)
     open: int = 0
     whole: bool = False
     error: Exception | None = None
@@ -505,21 +517,21 @@ class _Listening:
             return
         text, complete = answered
         start, end = window.seconds
-        if window.overlaps and self.pieces:
-            before = self.pieces[-1]
-            former, text = join(before.text, text)
-            self.pieces[-1] = dataclasses.replace(before, text=former)
+        if window.overlaps and self.segments:
+            before = self.segments[-1]
+            former, text = merge_overlap(before.text, text)
+            self.segments[-1] = dataclasses.replace(before, text=former)
             start = min(before.end, end)
-        self.pieces.append(Piece(round(start, 3), round(end, 3), text, complete))
+        self.segments.append(Segment(round(start, 3), round(end, 3), text, complete))
 
     def transcript(self) -> Transcript:
-        return Transcript(tuple(self.pieces))
+        return Transcript(tuple(self.segments))
 
     def result(self) -> Transcript | Exception:
         return self.transcript() if self.error is None else self.error
 
 
-def join(before: str, after: str) -> tuple[str, str]:
+def merge_overlap(before: str, after: str) -> tuple[str, str]:
     """Two texts of which the second begins with what the first ends with, without what is there twice.
 
     Looks for the longest run of words that both have, near the end of one and the start of the other; a word
@@ -604,5 +616,5 @@ def _encode(graph: nnx.GraphDef, state: nnx.State, waveform: jax.Array, mask: ja
 
 
 @functools.partial(jax.jit, static_argnums=0)
-def _listening(graph: nnx.GraphDef, state: nnx.State, frames: jax.Array, mask: jax.Array) -> jax.Array:
+def _attention(graph: nnx.GraphDef, state: nnx.State, frames: jax.Array, mask: jax.Array) -> jax.Array:
     return nnx.merge(graph, state).attention(frames, mask).mean(0)[0]

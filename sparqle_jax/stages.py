@@ -16,18 +16,18 @@ from sparqle_jax.data.pipeline import (
     check_tasks,
     have_any,
 )
-from sparqle_jax.data.plan import Plan, choose_buckets
+from sparqle_jax.data.plan import BatchPlan, choose_buckets
 
 
 @dataclasses.dataclass
 class Stage:
-    """What a stage is trained and tested on. tests: by name, examples and the plan of their batches."""
+    """What a stage is trained and tested on. valid_sets: by name, examples and the plan of their batches."""
 
     name: str
     config: StageConfig
     examples: AlignmentExamples | InstructionExamples
-    plan: Plan
-    tests: dict[str, tuple[Examples, Plan]]
+    plan: BatchPlan
+    valid_sets: dict[str, tuple[Examples, BatchPlan]]
 
 
 def tasks_of_sets(config: Config) -> list[dict[str, float]]:
@@ -71,11 +71,13 @@ def say_counts(config: Config, corpus: Corpus, name: str, stage: StageConfig) ->
         counts = ", ".join(f"{task} {int((some & data_set.has(task)).sum())}" for task in asked)
         out = len(some) - int(some.sum())
         left_out = f"; {out} have {'no text' if name == 'stage1' else 'none of these'} and are left out"
-        hosts.say(f"{name}: data.train.{key} has {len(some)} utterances: {counts}{left_out if out else ''}")
+        hosts.print_once(
+            f"{name}: data.train.{key} has {len(some)} utterances: {counts}{left_out if out else ''}"
+        )
 
 
-def make_plan(config: Config, corpus: Corpus, stage: StageConfig) -> Plan:
-    """The batches of a stage. Raises ValueError as `Plan` does, and for a task that a data set lacks."""
+def make_plan(config: Config, corpus: Corpus, stage: StageConfig) -> BatchPlan:
+    """The batches of a stage. Raises ValueError as `BatchPlan` does, and for a task that a data set lacks."""
     buckets = config.data.buckets
     used = np.concatenate(used_by(config, corpus, stage))
     lengths = (
@@ -84,7 +86,7 @@ def make_plan(config: Config, corpus: Corpus, stage: StageConfig) -> Plan:
         else [round(seconds * audio.SAMPLE_RATE) for seconds in buckets]
     )
     weights = [one.weight for one in config.data.train.values() if one.weight is not None]
-    plan = Plan(
+    plan = BatchPlan(
         corpus.num_samples,
         lengths,
         stage.batch_size,
@@ -95,21 +97,21 @@ def make_plan(config: Config, corpus: Corpus, stage: StageConfig) -> Plan:
         used=used,
     )
     if len(plan.buckets) < len(lengths):
-        hosts.say(
+        hosts.print_once(
             f"{len(plan.buckets)} buckets instead of {len(lengths)}: an epoch has too few examples for more "
             f"({plan.batches_per_epoch} batches of {stage.batch_size} and up)."
         )
     return plan
 
 
-def test_plan(waveforms: Waveforms, used: np.ndarray, batch_size: int, parts: int, name: str) -> Plan:
+def test_plan(waveforms: Waveforms, used: np.ndarray, batch_size: int, parts: int, name: str) -> BatchPlan:
     """The batches of a test set, all of one length and a multiple of `parts` examples."""
     lengths = waveforms.corpus.num_samples
     number = int(used.sum())
     size = min(batch_size, number) // parts * parts
     if not size:
         raise ValueError(
-            f"data.test.{name} has {number} utterances, too few to be split over mesh.data * mesh.fsdp "
+            f"data.valid.{name} has {number} utterances, too few to be split over mesh.data * mesh.fsdp "
             f"= {parts} devices: give more, leave it out, or choose another mesh."
         )
-    return Plan(lengths, choose_buckets(lengths[used], 1), size, seed=0, used=used)
+    return BatchPlan(lengths, choose_buckets(lengths[used], 1), size, seed=0, used=used)

@@ -32,8 +32,8 @@ def make_optimizer(config: OptimConfig, steps: int) -> tuple[optax.GradientTrans
     """AdamW as the configuration says, and its learning rate by step."""
     warmup = min(config.warmup_steps, steps - 1)
     falling = {
-        "cosine": optax.cosine_decay_schedule(config.lr, steps - warmup, config.final_lr),
-        "linear": optax.linear_schedule(config.lr, config.final_lr * config.lr, steps - warmup),
+        "cosine": optax.cosine_decay_schedule(config.lr, steps - warmup, config.final_lr_factor),
+        "linear": optax.linear_schedule(config.lr, config.final_lr_factor * config.lr, steps - warmup),
         "constant": optax.constant_schedule(config.lr),
     }[config.schedule]
     schedule = optax.join_schedules([optax.linear_schedule(0.0, config.lr, warmup), falling], [warmup])

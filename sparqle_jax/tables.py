@@ -313,7 +313,9 @@ def export(state: nnx.State, table: Table) -> dict[str, np.ndarray]:
     """
     values = {path: variable.get_value() for path, variable in nnx.to_flat_state(state)}
     tensors = {}
-    whole = functools.lru_cache(maxsize=1)(lambda path: hosts.whole(values[path]))  # for all layers in it
+    whole = functools.lru_cache(maxsize=1)(
+        lambda path: hosts.all_gather(values[path])
+    )  # for all layers in it
     for entry in _expand(table, {path: value.shape for path, value in values.items()}):
         value = whole(entry.path) if entry.layer is None else whole(entry.path)[entry.layer]
         if entry.axes is not None:

@@ -44,10 +44,10 @@ from sparqle_jax.data.pipeline import (
     check_tasks,
     have_any,
 )
-from sparqle_jax.data.plan import Plan
+from sparqle_jax.data.plan import BatchPlan
 from sparqle_jax.evaluate import evaluate, silence_line, table, without_speech
 from sparqle_jax.loop import HostFailed, Stopped
-from sparqle_jax.metrics import Tester
+from sparqle_jax.metrics import Validation
 from sparqle_jax.model import SpeechLLM, min_samples, partition
 from sparqle_jax.sharding import (
     batch_parts,
@@ -58,7 +58,7 @@ from sparqle_jax.sparqle import ModelConfig, SparQLe, Tower
 IDENTITY = "identity.json"  # in the run's folder: what must be the same when it goes on
 # Keys of the configuration that may be others when a run goes on; of folders, their contents are compared.
 FREE = (
-    r"run|margin|mesh\..*|encoder\.folder|llm|init_from|stage1\.tokenizer|data\.workers|data\.frames|data\.test\..*"
+    r"run|speech_pad|mesh\..*|encoder\.folder|llm|init_from|stage1\.tokenizer|data\.workers|data\.frames|data\.test\..*"
     r"|data\.train\..*\.folder|stage\d\.(save_every|keep|log_every)"
 )
 FAILED = 3  # the exit status when it is no use to try again
@@ -78,7 +78,7 @@ class Run:
             raise ValueError("data.frames are made by one host, and there are several: set it to null.")
         corpus = Corpus([DataSet(one.folder) for one in config.data.train.values()])
         self.identity: dict[str, Any] = {
-            "config": _fixed(config.model_dump(mode="json")),
+            "config": _frozen_keys(config.model_dump(mode="json")),
             "data": [data_set.fingerprint for data_set in corpus.data_sets],
         }
         _check_folder(config.run, self.identity)
@@ -90,8 +90,10 @@ class Run:
         encoder = assemble.load_encoder(config.encoder.folder, self.parts, dtype=dtype, mesh=self.mesh)
         self.identity["encoder"] = _tower_identity(config.encoder.folder, encoder)
         speech = self._waveforms(corpus, encoder)
-        self.tests = {name: DataSet(folder) for name, folder in config.data.test.items()}
-        test_speech = {name: self._waveforms(Corpus([test]), encoder) for name, test in self.tests.items()}
+        self.valid_sets = {name: DataSet(folder) for name, folder in config.data.valid.items()}
+        test_speech = {
+            name: self._waveforms(Corpus([test]), encoder) for name, test in self.valid_sets.items()
+        }
         options: dict[str, Any] = dict(
             max_tokens=config.data.max_text_tokens, skip_corrupt=config.data.skip_corrupt
         )
@@ -105,11 +107,11 @@ class Run:
             self.aligner = assemble.new_aligner(config, encoder, words + 1, self.mesh, rngs)
             vocab_size = self.aligner.adapter.vocab_size
 
-            def aligned(speech: Waveforms, plan: Plan) -> AlignmentExamples:
+            def aligned(speech: Waveforms, plan: BatchPlan) -> AlignmentExamples:
                 return AlignmentExamples(speech.corpus, speech, tokenizer, vocab_size, plan, **options)
 
             self._add_stage("stage1", config.stage1, speech, test_speech, aligned)
-            _try(self.aligner, self.stages[-1])
+            _dry_run(self.aligner, self.stages[-1])
         if config.stage2 is not None:
             remat = config.stage2.remat
             self.llm = pretrained.load_llm(config.llm, dtype=dtype, mesh=self.mesh, remat=remat)
@@ -119,7 +121,7 @@ class Run:
             self.identity["llm tokenizer and template"] = prompts.fingerprint(self.prompter.tokenizer)
             tasks = stages.tasks_of_sets(config)
 
-            def instructed(speech: Waveforms, plan: Plan) -> InstructionExamples:
+            def instructed(speech: Waveforms, plan: BatchPlan) -> InstructionExamples:
                 training = speech.corpus is corpus
                 some = tasks if training else [stages.tasks_of(speech.corpus, config.stage2.tasks)]
                 return InstructionExamples(
@@ -127,13 +129,13 @@ class Run:
                 )
 
             self._add_stage("stage2", config.stage2, speech, test_speech, instructed)
-            for test in self.tests.values():
-                check_tasks(test, config.test_languages)
+            for test in self.valid_sets.values():
+                check_tasks(test, config.eval_languages)
             if self.aligner is None:
                 self.model = assemble.new_speech_llm(config, encoder, self.llm, self.mesh, rngs)
             else:
                 self.model = self._stage2_model(rngs)
-            _try(self.model, self.stages[-1])
+            _dry_run(self.model, self.stages[-1])
         if (start := config.init_from) is not None:
             self.identity["init_from"] = {"hash": tensors.hash_of(start), "path": str(start)}
         _check_folder(config.run, self.identity)
@@ -164,7 +166,7 @@ class Run:
         config: StageConfig,
         speech: Waveforms,
         test_speech: dict[str, Waveforms],
-        make_examples: Callable[[Waveforms, Plan], AlignmentExamples | InstructionExamples],
+        make_examples: Callable[[Waveforms, BatchPlan], AlignmentExamples | InstructionExamples],
     ) -> None:
         plan = stages.make_plan(self.config, speech.corpus, config)
         stages.say_counts(self.config, speech.corpus, name, config)
@@ -183,7 +185,7 @@ class Run:
             tasks = None if name == "stage1" else stages.tasks_of(waveforms.corpus, config.tasks)
             used = data_set.has_speech if tasks is None else have_any(data_set, tasks)
             if not used.any():
-                hosts.say(f"{name}: in data.test.{test} nobody speaks: it has no part in the loss.")
+                hosts.print_once(f"{name}: in data.valid.{test} nobody speaks: it has no part in the loss.")
                 continue
             test_plan = stages.test_plan(waveforms, used, config.batch_size, parts, test)
             tests[test] = (make_examples(waveforms, test_plan), test_plan)
@@ -219,7 +221,9 @@ class Run:
         if not stage.config.evaluate:
             return {}
         graph, trained, frozen = partition(self.aligner)
-        return _once(folder / "results.json", lambda: Tester(graph, stage.tests, self.mesh)(trained, frozen))
+        return _cached_json(
+            folder / "results.json", lambda: Validation(graph, stage.valid_sets, self.mesh)(trained, frozen)
+        )
 
     def _train_stage2(self, stage: stages.Stage, profile: int) -> dict[str, Any]:
         config, folder = self.config, _stage_folder(self.config, stage.name)
@@ -231,20 +235,20 @@ class Run:
             llm=Tower.of(config.llm),
             max_seconds=config.data.max_seconds,
             max_new_tokens=config.max_new_tokens,
-            margin=config.margin,
+            speech_pad=config.speech_pad,
             dtype=config.dtype,
         )
         sparqle = SparQLe(self.model, self.prompter, settings, self.mesh)
         sparqle.save_pretrained(folder)
         if not stage.config.evaluate:
             return {}
-        return _once(
+        return _cached_json(
             folder / "results.json",
-            lambda: _evaluate_answers(sparqle, self.tests, config.test_languages),
+            lambda: _evaluate_answers(sparqle, self.valid_sets, config.eval_languages),
         )
 
 
-def _try(model: Aligner | SpeechLLM, stage: stages.Stage) -> None:
+def _dry_run(model: Aligner | SpeechLLM, stage: stages.Stage) -> None:
     """Traces the loss of a batch of the longest recordings, without running it: sizes that do not fit raise
     ValueError here."""
     longest = stage.plan.one_of_each()[-1]
@@ -254,13 +258,13 @@ def _try(model: Aligner | SpeechLLM, stage: stages.Stage) -> None:
     jax.eval_shape(lambda state, key: nnx.merge(graph, state).loss(batch, key), state, jax.random.key(0))
 
 
-def _fixed(config: Any, key: str = "") -> Any:
+def _frozen_keys(config: Any, key: str = "") -> Any:
     """What of a configuration must stay when a run goes on: all but the keys that are FREE."""
     if not isinstance(config, dict):
         return config
     paths = {name: f"{key}.{name}".removeprefix(".") for name in config}
     return {
-        name: _fixed(value, paths[name])
+        name: _frozen_keys(value, paths[name])
         for name, value in config.items()
         if not re.fullmatch(FREE, paths[name])
     }
@@ -317,9 +321,9 @@ def _claim_folder(config: Config, identity: dict[str, Any]) -> None:
             commands.write_text(config.run / IDENTITY, json.dumps(identity, indent=1) + "\n")
         except Exception as error:  # of a disk, or of a bucket's library
             failed = f": {error}"
-    if hosts.largest(bool(failed)):
+    if hosts.max_over_hosts(bool(failed)):
         raise ValueError(f"nothing can be written to run={config.run}{failed}. Choose another: --set run=.")
-    if hosts.largest(not (config.run / IDENTITY).is_file()):
+    if hosts.max_over_hosts(not (config.run / IDENTITY).is_file()):
         raise ValueError(
             f"run={config.run} is not the same folder on all hosts: give one that all of them reach, such as "
             "--set run=gs://BUCKET/RUN, or a disk that they share."
@@ -332,9 +336,9 @@ def _stage_folder(config: Config, name: str) -> epath.Path:
     return folder
 
 
-def _once(file: epath.Path, make: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+def _cached_json(file: epath.Path, make: Callable[[], dict[str, Any]]) -> dict[str, Any]:
     """What `make` returns, kept in a JSON file from the first time on."""
-    if hosts.agreed(file.is_file()):
+    if hosts.broadcast(file.is_file()):
         return json.loads(file.read_text())
     made = make()
     if hosts.is_first():
@@ -357,7 +361,7 @@ def _evaluate_answers(
             found = without_speech([answers[i][TRANSCRIBE] for i in silent], seconds)
             lines.append(f"{name}: {silence_line(found)}")
     if results:
-        hosts.say("\n".join([table(results), *lines]))
+        hosts.print_once("\n".join([table(results), *lines]))
     return results
 
 
@@ -402,7 +406,7 @@ def main(argv: list[str] | None = None) -> int:
             raise
         print(f"{config.run} can't be written to: {error}", file=sys.stderr)
         return FAILED
-    hosts.say(f"done: {config.run}")
+    hosts.print_once(f"done: {config.run}")
     return 0
 
 

@@ -30,7 +30,7 @@ import tqdm
 
 from sparqle_jax import audio, commands
 from sparqle_jax.data.pipeline import TRANSCRIBE, instructions
-from sparqle_jax.sparqle import BATCH_SIZE, MINIATURE, Piece, SparQLe, Transcript, with_speech
+from sparqle_jax.sparqle import BATCH_SIZE, MINIATURE, Segment, SparQLe, Transcript, with_speech
 
 ENDINGS = {".wav", ".flac", ".mp3", ".ogg", ".opus", ".oga", ".aiff", ".aif", ".au", *audio.FFMPEG}
 
@@ -79,8 +79,8 @@ def _clock(seconds: float, mark: str) -> str:
     return f"{whole // 3600:02}:{whole // 60 % 60:02}:{whole % 60:02}{mark}{thousandths:03}"
 
 
-def _spoken(transcript: Transcript) -> list[Piece]:
-    return [piece for piece in transcript.pieces if piece.text]
+def _spoken(transcript: Transcript) -> list[Segment]:
+    return [segment for segment in transcript.segments if segment.text]
 
 
 def as_text(transcript: Transcript) -> str:
@@ -88,15 +88,15 @@ def as_text(transcript: Transcript) -> str:
 
 
 def as_json(transcript: Transcript) -> str:
-    pieces = [vars(piece) for piece in transcript.pieces]
-    answer = {"text": transcript.text, "complete": transcript.complete, "pieces": pieces}
+    segments = [vars(segment) for segment in transcript.segments]
+    answer = {"text": transcript.text, "complete": transcript.complete, "segments": segments}
     return json.dumps(answer, ensure_ascii=False) + "\n"
 
 
 def as_srt(transcript: Transcript) -> str:
     blocks = [
-        f"{i}\n{_clock(piece.start, ',')} --> {_clock(piece.end, ',')}\n{piece.text}\n"
-        for i, piece in enumerate(_spoken(transcript), 1)
+        f"{i}\n{_clock(segment.start, ',')} --> {_clock(segment.end, ',')}\n{segment.text}\n"
+        for i, segment in enumerate(_spoken(transcript), 1)
     ]
     return "\n".join(blocks)
 
@@ -104,8 +104,8 @@ def as_srt(transcript: Transcript) -> str:
 def as_vtt(transcript: Transcript) -> str:
     escaped = str.maketrans({"&": "&amp;", "<": "&lt;", ">": "&gt;"})
     blocks = [
-        f"\n{_clock(piece.start, '.')} --> {_clock(piece.end, '.')}\n{piece.text.translate(escaped)}\n"
-        for piece in _spoken(transcript)
+        f"\n{_clock(segment.start, '.')} --> {_clock(segment.end, '.')}\n{segment.text.translate(escaped)}\n"
+        for segment in _spoken(transcript)
     ]
     return "WEBVTT\n" + "".join(blocks)
 
@@ -114,7 +114,7 @@ def as_tsv(transcript: Transcript) -> str:
     text = io.StringIO()
     writer = csv.writer(text, delimiter="\t", lineterminator="\n")
     writer.writerow(["start", "end", "text"])
-    writer.writerows((piece.start, piece.end, piece.text) for piece in _spoken(transcript))
+    writer.writerows((segment.start, segment.end, segment.text) for segment in _spoken(transcript))
     return text.getvalue()
 
 
@@ -219,7 +219,7 @@ def _transcribe(
     jax.monitoring.register_event_duration_secs_listener(compiled)
     with progress, warnings.catch_warnings():
         warnings.simplefilter("always")
-        results: Iterator = sparqle.listen(
+        results: Iterator = sparqle.run(
             (recordings[name] for name in order),
             instruction,
             batch_size=args.batch_size,

@@ -9,7 +9,7 @@ import soundfile
 
 from sparqle_jax import app, audio
 from sparqle_jax.demo.speech import Voice, synthesise
-from sparqle_jax.sparqle import Piece, SparQLe, Transcript
+from sparqle_jax.sparqle import Segment, SparQLe, Transcript
 
 SENTENCE = "the train to vienna leaves at seven thirty five"
 OTHER = "this house was built in nineteen sixty two"
@@ -51,9 +51,9 @@ def test_a_recording_is_answered_as_it_is_heard(sparqle, spoken):
     assert texts[-1] == SENTENCE
     assert len(set(texts)) > 2
     assert all(text == SENTENCE[: len(text)] for text in texts)
-    message, _, pieces, picture = views[-1]
+    message, _, segments, picture = views[-1]
     assert re.search(r"2\.\d s of sound, answered in [\d.]+ s", message)
-    assert pieces == ""
+    assert segments == ""
     assert "Waveform, 2." in picture
     assert picture.count("mask-image") == 1
     assert "mask-image" not in views[0][3]  # the waveform at once, the rest when it is known
@@ -67,9 +67,9 @@ def test_it_translates_and_answers(sparqle, spoken):
 
 
 def test_a_long_recording_is_answered_in_pieces(sparqle, spoken):
-    _, text, pieces, picture = respond(sparqle, spoken["two"])[-1]
+    _, text, segments, picture = respond(sparqle, spoken["two"])[-1]
     assert text == f"{SENTENCE} {OTHER}"
-    assert re.findall("<td>(.*?)</td>", pieces) == [SENTENCE, OTHER]
+    assert re.findall("<td>(.*?)</td>", segments) == [SENTENCE, OTHER]
     assert picture.count("mask-image") == 2
     assert text == sparqle.transcribe(spoken["two"]).text
 
@@ -153,8 +153,8 @@ def test_of_what_goes_wrong_here_users_see_nothing(sparqle, spoken, monkeypatch,
 
 
 def test_texts_are_never_markup():
-    pieces = [Piece(0, 1.25, "<b>bold"), Piece(61, 62, "b")]
-    shown = app.table(Transcript(tuple(pieces)))
+    segments = [Segment(0, 1.25, "<b>bold"), Segment(61, 62, "b")]
+    shown = app.table(Transcript(tuple(segments)))
     assert "&lt;b&gt;bold" in shown
     assert "0:00.0 to 0:01.2" in shown
     assert "1:01.0 to 1:02.0" in shown

@@ -112,7 +112,7 @@ class TestCut:
         speech = np.concatenate([noise(0.5), silence(0.8), noise(0.5)])
         (window,) = cut(speech, 3)
         np.testing.assert_array_equal(window.waveform, speech)
-        (window,) = cut(np.concatenate([silence(0.5), speech, silence(0.6)]), 3, margin=0.25)
+        (window,) = cut(np.concatenate([silence(0.5), speech, silence(0.6)]), 3, speech_pad=0.25)
         np.testing.assert_array_equal(window.waveform[RATE // 4 : -RATE // 4], speech)
         assert window.start == RATE // 4
 
@@ -120,7 +120,7 @@ class TestCut:
     def test_sentences_are_cut_apart_in_long_pauses(self, block):
         sentences = [noise(length, i) for i, length in enumerate((1.5, 2.0, 0.5, 2.9))]
         waveform = np.concatenate([part for s in sentences for part in (s, silence(0.8))])
-        windows = cut(waveform, 3, block, margin=0.0)
+        windows = cut(waveform, 3, block, speech_pad=0.0)
         assert len(windows) == 4
         for window, sentence in zip(windows, sentences, strict=True):
             np.testing.assert_array_equal(window.waveform, sentence)
@@ -142,14 +142,14 @@ class TestCut:
         assert [window.start / RATE for window in windows] == [0, 2.25, 4.5]
         assert sum(len(window.waveform) for window in windows) == len(waveform) + 2 * 0.75 * RATE
 
-    @pytest.mark.parametrize("margin", [0.0, 0.25, 30.0])
+    @pytest.mark.parametrize("speech_pad", [0.0, 0.25, 30.0])
     @pytest.mark.parametrize("seed", range(10))
-    def test_nothing_loud_is_left_out(self, seed, margin):
+    def test_nothing_loud_is_left_out(self, seed, speech_pad):
         rng = np.random.default_rng(seed)
         parts = [(silence if rng.random() < 0.4 else noise)(rng.exponential(1.0)) for _ in range(30)]
         waveform = np.concatenate([noise(1), *parts])
         covered = np.zeros(len(waveform), bool)
-        for window in cut(waveform, 3, block=rng.uniform(0.1, 5), margin=margin):
+        for window in cut(waveform, 3, block=rng.uniform(0.1, 5), speech_pad=speech_pad):
             assert len(window.waveform) <= 3 * RATE
             end = min(window.start + len(window.waveform), len(waveform))
             np.testing.assert_array_equal(window.waveform[: end - window.start], waveform[window.start : end])
@@ -302,19 +302,19 @@ class TestLevels:
         offset=st.sampled_from([0.0, 0.0, 1e-4, 0.1, -0.5]),
         level=st.sampled_from([1.0, 1e-2, 1e-4]),
         seconds=st.sampled_from([0.5, 3.0, 30.0]),
-        margin=st.sampled_from([0.0, 0.25]),
+        speech_pad=st.sampled_from([0.0, 0.25]),
     )
-    def test_windows_are_never_empty_and_hold_what_is_loud(self, parts, offset, level, seconds, margin):
+    def test_windows_are_never_empty_and_hold_what_is_loud(self, parts, offset, level, seconds, speech_pad):
         pieces = [noise(length, i) * 10 ** (db / 20) for i, (length, db) in enumerate(parts)]
         waveform = (level * np.concatenate(pieces) + offset).astype(np.float32)
         height = np.ptp(waveform) if len(waveform) else 0
         assume(not 0 < height < 10 * audio.SILENCE)  # some windows would be silent, some not
         if len(waveform) < 400 or not height:
             with pytest.raises(audio.UnusableAudio, match=r"samples|silent"):
-                cut(waveform, seconds, margin=margin)
+                cut(waveform, seconds, speech_pad=speech_pad)
             return
         covered = np.zeros(len(waveform), bool)
-        for window in cut(waveform, seconds, margin=margin):
+        for window in cut(waveform, seconds, speech_pad=speech_pad):
             assert 400 <= len(window.waveform) <= seconds * RATE
             covered[window.start : window.start + len(window.waveform)] = True
         deviation = np.abs(waveform - np.median(waveform))
@@ -331,7 +331,7 @@ class TestLevels:
     def test_a_click_is_not_cut_to_nothing(self):
         click = np.zeros(2 * RATE, np.float32)
         click[-1] = 1.0
-        (window,) = cut(click, 3, margin=0.0)
+        (window,) = cut(click, 3, speech_pad=0.0)
         assert len(window.waveform) >= 400
         assert window.waveform.max() == 1.0
 

@@ -64,7 +64,7 @@ def test_without_a_checkpoint_there_is_none(tmp_path):
 def test_the_last_and_the_best_are_kept(tmp_path):
     with open_checkpoints(tmp_path, keep=2) as checkpoints:
         for step, loss in enumerate([3.0, 1.0, 2.0, 4.0, 5.0], 1):
-            checkpoints.save(step, make_state(step), {"test_loss": loss})
+            checkpoints.save(step, make_state(step), {"valid_loss": loss})
     assert steps_in(tmp_path) == {"2", "4", "5"}
     with open_checkpoints(tmp_path, keep=1) as checkpoints:
         checkpoints.save(6, make_state(6))

@@ -21,19 +21,19 @@ def test_overrides_reach_any_depth_and_keep_their_types():
             "stage2.optim.lr=1e-4",
             "stage1=null",
             "adapter.num_queries=8",
-            'test_languages=["fr"]',
+            'eval_languages=["fr"]',
             "run=elsewhere",
             'stage2.tasks={"transcribe": 1, "fr": 0.5}',
-            "data.test.mine=some/folder",
+            "data.valid.mine=some/folder",
         ],
     )
     assert config.stage2.optim.lr == 1e-4
     assert config.stage1 is None
     assert config.adapter.num_queries == 8
-    assert config.test_languages == ("fr",)
+    assert config.eval_languages == ("fr",)
     assert config.run == Path("elsewhere")
     assert config.stage2.tasks == {"transcribe": 1.0, "fr": 0.5}
-    assert config.data.test["mine"] == "some/folder"
+    assert config.data.valid["mine"] == "some/folder"
     assert config.stage2.optim.warmup_steps == read_config(TINY).stage2.optim.warmup_steps
 
 

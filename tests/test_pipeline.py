@@ -16,7 +16,7 @@ from sparqle_jax import audio, prompts
 from sparqle_jax.data import pipeline
 from sparqle_jax.data.builder import Limits, prepare
 from sparqle_jax.data.dataset import Corpus, CorruptRecord, DataSet
-from sparqle_jax.data.plan import Plan, choose_buckets
+from sparqle_jax.data.plan import BatchPlan, choose_buckets
 from sparqle_jax.data.sources import Manifest
 from sparqle_jax.demo import grammar, language_model
 from sparqle_jax.sharding import batch_sharding, make_mesh
@@ -34,13 +34,13 @@ class Numbers:
         return {"index": batch.indices[list(places)], "drawn": np.array(drawn)}
 
 
-def numbers_plan(num: int = 100, **kwargs) -> Plan:
+def numbers_plan(num: int = 100, **kwargs) -> BatchPlan:
     lengths = np.random.default_rng(0).integers(audio.SAMPLE_RATE, 4 * audio.SAMPLE_RATE, num)
     values = dict(buckets=choose_buckets(lengths, 3), batch_size=8, seed=0, multiple=8) | kwargs
-    return Plan(lengths, **values)
+    return BatchPlan(lengths, **values)
 
 
-def take(plan: Plan, stop: int, **kwargs) -> list[dict]:
+def take(plan: BatchPlan, stop: int, **kwargs) -> list[dict]:
     return list(pipeline.batches(Numbers(), plan, seed=3, stop=stop, **kwargs))
 
 
@@ -101,7 +101,7 @@ def corpus(small_world) -> Corpus:
 
 
 def make_examples(corpus, tokenizer, tasks=TASKS, *, buckets: int = 2, **kwargs):
-    plan = Plan(
+    plan = BatchPlan(
         corpus.num_samples, choose_buckets(corpus.num_samples, buckets), 2, seed=0, sizes=corpus.sizes
     )
     prompter = prompts.Prompter(tokenizer, VOCAB_SIZE)
@@ -162,7 +162,7 @@ def test_texts_of_a_bucket_are_padded_to_its_longest(corpus, tokenizer):
 def test_equal_texts_of_a_batch_have_one_number(corpus):
     words = AutoTokenizer.from_pretrained("sparqle_jax/demo/models/words")
     twice = Corpus([*corpus.data_sets, *corpus.data_sets])
-    plan = Plan(twice.num_samples, choose_buckets(twice.num_samples, 1), 48, seed=0)
+    plan = BatchPlan(twice.num_samples, choose_buckets(twice.num_samples, 1), 48, seed=0)
     waveforms = pipeline.Waveforms(twice, 3.0)
     examples = pipeline.AlignmentExamples(twice, waveforms, words, 1000, plan)
     batch = plan.batch(0)
@@ -315,7 +315,7 @@ def test_an_utterance_without_any_of_the_tasks_is_not_used(sparse, tokenizer):
     used = pipeline.have_any(sparse, tasks)
     assert np.flatnonzero(used).tolist() == [0, 4, 8, 12, 16, 20]
     lengths = corpus.num_samples
-    plan = Plan(lengths, choose_buckets(lengths[used], 1), 2, seed=0, used=used)
+    plan = BatchPlan(lengths, choose_buckets(lengths[used], 1), 2, seed=0, used=used)
     assert plan.batches_per_epoch == 3
     prompter = prompts.Prompter(tokenizer, VOCAB_SIZE)
     waveforms = pipeline.Waveforms(corpus, audio.FeatureExtractor(), 3.0)
@@ -353,7 +353,7 @@ class Holed(Corpus):
 @pytest.mark.parametrize("stage", [1, 2])
 def test_corrupt_records_are_replaced_alike_on_any_number_of_hosts(num_hosts, stage, small_world, tokenizer):
     corpus = Holed([DataSet(small_world / "train")])
-    plan = Plan(corpus.num_samples, choose_buckets(corpus.num_samples, 1), 8, seed=0)
+    plan = BatchPlan(corpus.num_samples, choose_buckets(corpus.num_samples, 1), 8, seed=0)
     waveforms = pipeline.Waveforms(corpus, audio.FeatureExtractor(), 3.0)
     if stage == 1:
         tokenizer = AutoTokenizer.from_pretrained("sparqle_jax/demo/models/words")

@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from sparqle_jax.audio import SAMPLE_RATE
-from sparqle_jax.data.plan import GRAIN, Plan, choose_buckets
+from sparqle_jax.data.plan import FRAME_SAMPLES, BatchPlan, choose_buckets
 
 # Durations of LibriSpeech's 960 hours, in seconds, at these percentiles: from the statistics
 # in icefall's display_manifest_statistics.py (of each subset with its recordings at speeds 0.9, 1 and
@@ -20,13 +20,13 @@ LIBRISPEECH = [
 ]
 
 
-def epoch_of(plan: Plan, number: int) -> np.ndarray:
+def epoch_of(plan: BatchPlan, number: int) -> np.ndarray:
     first = number * plan.batches_per_epoch
     return np.concatenate([plan.batch(first + i).indices for i in range(plan.batches_per_epoch)])
 
 
 @st.composite
-def plans(draw) -> Plan:
+def plans(draw) -> BatchPlan:
     """Plans of up to 300 recordings, sometimes all of one length, sometimes with a few far longer."""
     num = draw(st.integers(1, 300))
     rng = np.random.default_rng(draw(st.integers(0, 1000)))
@@ -35,7 +35,7 @@ def plans(draw) -> Plan:
     lengths = (rng.uniform(0.5, longest, num) ** skew * SAMPLE_RATE).astype(np.int32)
     batch_size = draw(st.integers(1, min(num, 16)))
     buckets = choose_buckets(lengths, draw(st.integers(1, 8)))
-    return Plan(lengths, buckets, batch_size, seed=draw(st.integers(0, 5)))
+    return BatchPlan(lengths, buckets, batch_size, seed=draw(st.integers(0, 5)))
 
 
 @settings(deadline=None, max_examples=100)
@@ -75,7 +75,7 @@ def test_no_two_seeds_or_epochs_give_the_same_order():
     lengths = np.random.default_rng(0).integers(SAMPLE_RATE, 3 * SAMPLE_RATE, 200)
     buckets = choose_buckets(lengths, 4)
     orders = [
-        tuple(epoch_of(Plan(lengths, buckets, 4, seed=seed), epoch))
+        tuple(epoch_of(BatchPlan(lengths, buckets, 4, seed=seed), epoch))
         for seed, epoch in itertools.product(range(5), range(5))
     ]
     assert len(set(orders)) == 25
@@ -83,7 +83,7 @@ def test_no_two_seeds_or_epochs_give_the_same_order():
 
 def test_a_batch_is_a_function_of_seed_and_number_alone():
     lengths = np.random.default_rng(0).integers(SAMPLE_RATE, 9 * SAMPLE_RATE, 100)
-    one, other = (Plan(lengths, choose_buckets(lengths, 4), 4, seed=7) for _ in range(2))
+    one, other = (BatchPlan(lengths, choose_buckets(lengths, 4), 4, seed=7) for _ in range(2))
     numbers = np.random.default_rng(1).permutation(5 * one.batches_per_epoch)
     asked = {number: one.batch(number) for number in range(5 * one.batches_per_epoch)}
     for number in numbers:  # in another order
@@ -94,7 +94,7 @@ def test_a_batch_is_a_function_of_seed_and_number_alone():
 
 def test_a_shorter_bucket_has_more_recordings_for_about_the_same_seconds():
     lengths = np.repeat([2 * SAMPLE_RATE, 5 * SAMPLE_RATE, 10 * SAMPLE_RATE], 200)
-    plan = Plan(lengths, [2 * SAMPLE_RATE, 5 * SAMPLE_RATE, 10 * SAMPLE_RATE], 6, seed=0, multiple=2)
+    plan = BatchPlan(lengths, [2 * SAMPLE_RATE, 5 * SAMPLE_RATE, 10 * SAMPLE_RATE], 6, seed=0, multiple=2)
     assert [bucket.batch_size for bucket in plan.buckets] == [30, 12, 6]
 
 
@@ -107,7 +107,7 @@ def test_chosen_buckets_pad_least(number):
     def padding(ends) -> int:
         return sum(min(end for end in ends if end >= length) - length for length in frames)
 
-    chosen = [n // GRAIN for n in choose_buckets(frames * GRAIN, number)]
+    chosen = [n // FRAME_SAMPLES for n in choose_buckets(frames * FRAME_SAMPLES, number)]
     options = itertools.combinations(range(1, 12), number - 1)
     assert padding(chosen) == min(padding((*some, 12)) for some in options)
 
@@ -117,7 +117,7 @@ def test_padding_of_librispeechs_training_data_is_at_most_7_percent_with_8_bucke
     seconds = np.interp(quantiles, PERCENTILES, LIBRISPEECH)
     assert seconds.mean() == pytest.approx(12.3, abs=0.1)
     lengths = (seconds * SAMPLE_RATE).astype(np.int32)
-    plan = Plan(lengths, choose_buckets(lengths, 8), 64, seed=0, multiple=8)
+    plan = BatchPlan(lengths, choose_buckets(lengths, 8), 64, seed=0, multiple=8)
     assert len(plan.buckets) == 8
     assert plan.padding() <= 0.07
     real = sum(lengths[plan.batch(i).indices].sum() for i in range(plan.batches_per_epoch))
@@ -130,7 +130,7 @@ def test_padding_of_librispeechs_training_data_is_at_most_7_percent_with_8_bucke
 def test_data_sets_are_mixed_by_weight_and_all_of_their_examples_come():
     sizes, weights = [300, 60], [1.0, 3.0]
     lengths = np.random.default_rng(0).integers(SAMPLE_RATE, 5 * SAMPLE_RATE, sum(sizes))
-    plan = Plan(lengths, choose_buckets(lengths, 3), 4, seed=0, sizes=sizes, weights=weights)
+    plan = BatchPlan(lengths, choose_buckets(lengths, 3), 4, seed=0, sizes=sizes, weights=weights)
     epochs = [epoch_of(plan, number) for number in range(40)]
     for epoch in epochs:
         assert len(set(epoch)) == len(epoch)
@@ -140,14 +140,14 @@ def test_data_sets_are_mixed_by_weight_and_all_of_their_examples_come():
     assert first.max() - first.min() <= 2  # each bucket's part goes round by itself
     assert second.max() - second.min() <= 4
     assert first.min() > 0
-    by_size = Plan(lengths, choose_buckets(lengths, 3), 4, seed=0, sizes=sizes)
+    by_size = BatchPlan(lengths, choose_buckets(lengths, 3), 4, seed=0, sizes=sizes)
     assert len(epoch_of(by_size, 0)) + by_size.left_out == 360
 
 
 def test_no_example_of_a_mixture_is_never_drawn():
     lengths = np.repeat([1, 9, 1], [9950, 50, 100]) * SAMPLE_RATE
     buckets = [SAMPLE_RATE, 9 * SAMPLE_RATE]
-    plan = Plan(lengths, buckets, 1, seed=0, sizes=[10_000, 100], weights=[1.0, 1.0])
+    plan = BatchPlan(lengths, buckets, 1, seed=0, sizes=[10_000, 100], weights=[1.0, 1.0])
     seen = set(np.concatenate([epoch_of(plan, number) for number in range(60)]).tolist())
     assert set(range(9950, 10_000)) <= seen
 
@@ -161,9 +161,9 @@ def test_only_what_is_used_is_drawn_and_as_if_there_were_nothing_else(seed, num,
     used[[0, 1, -1]] = True
     sizes, weights = ([num // 3, num - num // 3], [1.0, 2.0]) if mixed else ([num], None)
     buckets = choose_buckets(lengths[used], 3)
-    plan = Plan(lengths, buckets, 2, seed=seed, sizes=sizes, weights=weights, used=used)
+    plan = BatchPlan(lengths, buckets, 2, seed=seed, sizes=sizes, weights=weights, used=used)
     of_used = [int(some.sum()) for some in np.split(used, np.cumsum(sizes)[:-1])]
-    alone = Plan(lengths[used], buckets, 2, seed=seed, sizes=of_used, weights=weights)
+    alone = BatchPlan(lengths[used], buckets, 2, seed=seed, sizes=of_used, weights=weights)
     assert plan.left_out == alone.left_out
     assert plan.padding() == alone.padding()
     for number in range(2 * plan.batches_per_epoch):
@@ -190,4 +190,4 @@ def test_only_what_is_used_is_drawn_and_as_if_there_were_nothing_else(seed, num,
 def test_what_does_not_fit_is_said(change, message):
     values = dict(buckets=[3 * SAMPLE_RATE], batch_size=2, seed=0) | change
     with pytest.raises(ValueError, match=message):
-        Plan(np.array([SAMPLE_RATE, SAMPLE_RATE, 3 * SAMPLE_RATE]), **values)
+        BatchPlan(np.array([SAMPLE_RATE, SAMPLE_RATE, 3 * SAMPLE_RATE]), **values)

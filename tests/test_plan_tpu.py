@@ -336,7 +336,7 @@ def test_models_buckets_and_batches_are_those_of_training(start, small_world, tm
     changes = [
         f"run={tmp_path}",
         f"data.train={small_world / 'train'}",
-        "data.test={}",
+        "data.valid={}",
         "data.frames=null",
         "data.buckets=2",
         "data.max_text_tokens=24",

@@ -66,11 +66,11 @@ def test_a_model_in_use(tmp_path, monkeypatch, capsys):
     say.main(["the train to vienna leaves at seven thirty five"])
     capsys.readouterr()
     run(BLOCKS[0])
-    heard, german, french, pieces = capsys.readouterr().out.splitlines()
+    heard, german, french, segments = capsys.readouterr().out.splitlines()
     assert heard == "the train to vienna leaves at seven thirty five"
     assert german == " ".join(["der zug nach wien fährt um sieben uhr fünfunddreißig"] * 2)
     assert french == "le train pour vienne part à sept heures trente-cinq"
-    assert re.fullmatch(r"0\.0 to 2\.\d s: the train to vienna leaves at seven thirty five", pieces)
+    assert re.fullmatch(r"0\.0 to 2\.\d s: the train to vienna leaves at seven thirty five", segments)
 
 
 def test_a_first_look(monkeypatch, capsys):

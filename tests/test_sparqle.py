@@ -18,7 +18,7 @@ from sparqle_jax.data.pipeline import TRANSCRIBE, instructions
 from sparqle_jax.demo.__main__ import MODELS
 from sparqle_jax.demo.speech import Voice, synthesise
 from sparqle_jax.sharding import make_mesh
-from sparqle_jax.sparqle import MINIATURE, Piece, Transcript, join, with_speech
+from sparqle_jax.sparqle import MINIATURE, Segment, Transcript, merge_overlap, with_speech
 
 RATE = audio.SAMPLE_RATE
 SILENCE = np.zeros(round(0.4 * RATE), np.int16)
@@ -116,7 +116,7 @@ def test_recordings_are_answered_as_they_come(sparqle, waveforms, alone):
             read.append(i)
             yield (waveform, RATE) if i != 1 else (np.zeros(RATE, np.float32), RATE)
 
-    results = sparqle.listen(recordings(), INSTRUCTION, batch_size=2)
+    results = sparqle.run(recordings(), INSTRUCTION, batch_size=2)
     assert next(results).text == alone[0]
     assert read == [0, 1, 2]
     rest = list(results)
@@ -132,10 +132,10 @@ def test_a_long_recording_is_its_utterances(sparqle, waveforms, tmp_path):
     alone = sparqle.transcribe([(one, RATE) for one in samples])
     order = [i % len(samples) for i in range(48)]
     soundfile.write(tmp_path / "long.wav", np.concatenate([samples[i] for i in order]), RATE)
-    pieces = sparqle.transcribe(tmp_path / "long.wav").pieces
-    assert [piece.text for piece in pieces] == [alone[i].text for i in order]
+    segments = sparqle.transcribe(tmp_path / "long.wav").segments
+    assert [segment.text for segment in segments] == [alone[i].text for i in order]
     starts = np.cumsum([0, *(len(samples[i]) for i in order)])[:-1] + len(SILENCE)
-    np.testing.assert_allclose([piece.start for piece in pieces], starts / RATE, atol=0.002)
+    np.testing.assert_allclose([segment.start for segment in segments], starts / RATE, atol=0.002)
 
 
 def test_bad_recordings_and_settings(sparqle, waveforms, tmp_path):
@@ -157,14 +157,14 @@ def test_bad_recordings_and_settings(sparqle, waveforms, tmp_path):
 
 
 def test_what_overlaps_is_said_once():
-    assert join("we went to the old harb", "to the old harbour at night") == (
+    assert merge_overlap("we went to the old harb", "to the old harbour at night") == (
         "we went to the old",
         "harbour at night",
     )
-    assert join("one two three", "four five") == ("one two three", "four five")
-    assert join("It was late.", "late, and dark") == ("It was late.", "and dark")
-    assert join("", "four") == ("", "four")
-    assert Transcript((Piece(0, 1, "a"), Piece(1, 2, ""), Piece(2, 3, "b"))).text == "a b"
+    assert merge_overlap("one two three", "four five") == ("one two three", "four five")
+    assert merge_overlap("It was late.", "late, and dark") == ("It was late.", "and dark")
+    assert merge_overlap("", "four") == ("", "four")
+    assert Transcript((Segment(0, 1, "a"), Segment(1, 2, ""), Segment(2, 3, "b"))).text == "a b"
 
 
 def test_a_folder_with_its_towers_needs_nothing_else(tmp_path, sparqle, waveforms, alone):
@@ -173,7 +173,7 @@ def test_a_folder_with_its_towers_needs_nothing_else(tmp_path, sparqle, waveform
     shutil.move(tmp_path / "whole", moved)
     config = json.loads((moved / "config.json").read_text())
     assert (config["encoder"]["folder"], config["llm"]["folder"]) == ("encoder", "llm")
-    assert config["margin"] == sparqle.config.margin
+    assert config["speech_pad"] == sparqle.config.speech_pad
     assert SparQLe.from_pretrained(moved).transcribe((waveforms[0], RATE)).text == alone[0]
     shutil.rmtree(moved / "llm")
     with pytest.raises(FileNotFoundError, match=r"the llm of .* give its folder, with --llm FOLDER"):
@@ -256,11 +256,11 @@ def test_a_model_is_loaded_in_the_precision_that_it_was_trained_in(tmp_path):
 
 
 def test_which_frames_the_queries_attend_to(sparqle, waveforms):
-    weights = sparqle.listening((waveforms[0], RATE))
+    weights = sparqle.attention((waveforms[0], RATE))
     assert weights.shape == (32, sparqle.model.encoder.config.num_frames(len(waveforms[0])))
     np.testing.assert_allclose(weights.sum(1), 1, atol=1e-5)
     with pytest.raises(ValueError, match="only 3 s can be shown at once"):
-        sparqle.listening((np.tile(waveforms[0], 4), RATE))
+        sparqle.attention((np.tile(waveforms[0], 4), RATE))
 
 
 def test_every_command_is_there(capsys):
@@ -331,14 +331,14 @@ def test_one_recordings_fault_is_its_own(sparqle, tmp_path, monkeypatch):
     monkeypatch.setattr(sparqle, "encode", encode_or_fail)
     monkeypatch.setattr(audio, "read_blocks", read_or_fail)
     recordings = [good, (marked, RATE), "cursed.wav", good, tmp_path, (np.zeros((3, 3, 3)), RATE), good]
-    results = list(sparqle.listen(recordings, instructions(TRANSCRIBE)[0]))
+    results = list(sparqle.run(recordings, instructions(TRANSCRIBE)[0]))
     answered = [not isinstance(result, Exception) for result in results]
     assert answered == [True, False, False, True, False, False, True]
     reasons = [str(result) for result in results if isinstance(result, Exception)]
     assert reasons[:2] == ["no memory for it", "the disk is gone"]
     monkeypatch.setattr(sparqle, "encode", lambda waveforms: (_ for _ in ()).throw(KeyboardInterrupt))
     with pytest.raises(KeyboardInterrupt):
-        list(sparqle.listen([good], instructions(TRANSCRIBE)[0]))
+        list(sparqle.run([good], instructions(TRANSCRIBE)[0]))
     assert expected
 
 

@@ -18,7 +18,7 @@ from sparqle_jax import metrics as metrics_module
 from sparqle_jax import train
 from sparqle_jax.config import read_config
 from sparqle_jax.data.dataset import CorruptRecord, DataSet
-from sparqle_jax.data.plan import Plan, choose_buckets
+from sparqle_jax.data.plan import BatchPlan, choose_buckets
 from sparqle_jax.demo.__main__ import MODELS
 from sparqle_jax.sharding import make_mesh
 from sparqle_jax.sparqle import SparQLe
@@ -54,10 +54,10 @@ def arguments(run: Path, world: Path, *more: str) -> list[str]:
         f"run={run}",
         f"data.train={world / 'train'}",
         "data.frames=null",  # the encoder hears every batch; tests/test_demo.py keeps its frames
-        "data.test=" + json.dumps({"heard": str(world / "heard")}),
+        "data.valid=" + json.dumps({"heard": str(world / "heard")}),
         f"adapter={json.dumps({'kind': 'qformer', **SIZES})}",
         "stage1.embed_dim=8",
-        'test_languages=["fr"]',
+        'eval_languages=["fr"]',
     ]
     for stage in ("stage1", "stage2"):
         changes += [
@@ -207,7 +207,7 @@ def test_a_mixture_in_buckets_compiles_a_step_for_each(small_world, tmp_path, ca
         "stage2.steps=9",
         "stage2.save_every=3",
         "stage2.keep=1",
-        "stage2.test_every=3",
+        "stage2.eval_every=3",
         "stage2.evaluate=false",
     ]
     assert train.main(arguments(tmp_path / "run", small_world, *changes)) == 0
@@ -219,7 +219,7 @@ def test_a_mixture_in_buckets_compiles_a_step_for_each(small_world, tmp_path, ca
     rows = metrics(tmp_path / "run", "stage2")
     assert [row["step"] for row in rows if "loss" in row] == list(range(1, 10))
     assert all(0 < row["padding"] < 0.6 for row in rows if "loss" in row)
-    tested = {row["step"]: row["test_loss"] for row in rows if "test_loss" in row}
+    tested = {row["step"]: row["valid_loss"] for row in rows if "valid_loss" in row}
     assert list(tested) == [0, 3, 6, 9]
     kept = {int(path.name) for path in (tmp_path / "run" / "stage2" / "checkpoints").glob("[0-9]*")}
     best = min((3, 6, 9), key=tested.get)
@@ -241,7 +241,9 @@ def make_corrupt(source: Path, folder: Path) -> tuple[set[int], int]:
         except CorruptRecord:
             bad.add(i)
     buckets = choose_buckets(data.num_samples, 1)
-    firsts = ((seed, Plan(data.num_samples, buckets, 8, seed=seed).batch(0).indices) for seed in range(100))
+    firsts = (
+        (seed, BatchPlan(data.num_samples, buckets, 8, seed=seed).batch(0).indices) for seed in range(100)
+    )
     return bad, next(seed for seed, first in firsts if bad.isdisjoint(first))
 
 
@@ -266,7 +268,7 @@ def test_a_step_that_is_not_finite_stops_and_can_be_done_again(small_world, tmp_
         stage = tmp_path / "run" / "stage2"
         told = json.loads((stage / "not_finite.json").read_text())
         lengths = DataSet(small_world / "train").num_samples
-        batch = Plan(lengths, choose_buckets(lengths, 1), 8, seed=0).batch(1)
+        batch = BatchPlan(lengths, choose_buckets(lengths, 1), 8, seed=0).batch(1)
         assert told["step"] == 2
         assert told["examples"] == [DataSet(small_world / "train")[i].id for i in batch.indices]
         assert [path.name for path in (stage / "checkpoints").glob("[0-9]*")] == ["1"]
@@ -328,15 +330,15 @@ def test_test_sets_with_few_references_and_silence_are_evaluated(sparse, capsys)
             "has no translations into 'it'",
         ),
         ('data.train={"a": {"folder": "A", "weight": 1}, "b": {"folder": "B"}}', "has weights, but not for"),
-        ('test_languages=["it"]', "has no translations into 'it'"),
-        ('test_languages=["klingonish"]', "'klingonish' is neither a language's name nor its code"),
+        ('eval_languages=["it"]', "has no translations into 'it'"),
+        ('eval_languages=["klingonish"]', "'klingonish' is neither a language's name nor its code"),
         ("adapter.hidden=3", "adapter.hidden: there is no such key; valid here: kind, num_queries"),
         ("adapter.max_position_embeddings=4", "make max_position_embeddings larger"),
         ("mesh.data=3", "a mesh of data=3, fsdp=1, model=1 needs 3 devices, but there are 8"),
         ("mesh.fsdp=3", "a mesh of data=-1, fsdp=3, model=1 needs a multiple of 3 devices"),
         ("stage2.batch_size=12", "batches of 12 can't be split into 8 equal parts"),
         ("stage2.accumulate=2", "batches of 8 can't be split into 16 equal parts"),
-        ("stage1.test_every=3", "test_every=3 is not a multiple of save_every=2"),
+        ("stage1.eval_every=3", "eval_every=3 is not a multiple of save_every=2"),
         ("run=DATA/train/dataset_info.json/run", "nothing can be written to run="),
         ("stage2.batch_size=25", "24 examples, fewer than a batch of 25"),
         ("data.max_text_tokens=3", "tokens, more than data.max_text_tokens=3"),

@@ -15,7 +15,7 @@ import soxr
 from sparqle_jax import audio, evaluate, transcribe
 from sparqle_jax.demo import say
 from sparqle_jax.demo.speech import Voice, synthesise
-from sparqle_jax.sparqle import Piece, Transcript
+from sparqle_jax.sparqle import Segment, Transcript
 
 SENTENCE = "the train to vienna leaves at seven thirty five"
 
@@ -84,12 +84,12 @@ def test_an_answer_that_is_cut_is_said_to_be(spoken, capsys):
     captured = capsys.readouterr()
     assert f"{spoken}: an answer has no end within max_new_tokens=2 tokens" in captured.err
     answer = json.loads(captured.out)
-    assert (answer["complete"], answer["pieces"][0]["complete"]) == (False, False)
+    assert (answer["complete"], answer["segments"][0]["complete"]) == (False, False)
     assert transcribe.main([str(spoken), "--format", "json"]) == 0
     captured = capsys.readouterr()
     assert "no end" not in captured.err
     answer = json.loads(captured.out)
-    assert (answer["complete"], answer["pieces"][0]["complete"]) == (True, True)
+    assert (answer["complete"], answer["segments"][0]["complete"]) == (True, True)
 
 
 def test_equal_names_collide_nowhere(spoken, tmp_path, capsys):
@@ -146,10 +146,10 @@ def test_a_long_recording_becomes_subtitles(talk, tmp_path, capsys):
     assert transcribe.main([str(file), "--format", "json"]) == 0
     found = json.loads(capsys.readouterr().out)
     assert found["text"] == " ".join(sentences)
-    for piece, sentence, start, length in zip(found["pieces"], sentences, starts, lengths, strict=True):
-        assert piece["text"] == sentence
-        assert piece["start"] == pytest.approx(start, abs=0.05)
-        assert piece["end"] == pytest.approx(start + length, abs=0.1)
+    for segment, sentence, start, length in zip(found["segments"], sentences, starts, lengths, strict=True):
+        assert segment["text"] == sentence
+        assert segment["start"] == pytest.approx(start, abs=0.05)
+        assert segment["end"] == pytest.approx(start + length, abs=0.1)
     for form in ("srt", "vtt", "tsv", "text"):
         assert transcribe.main([str(file), "--format", form, "--output", str(tmp_path / "out")]) == 0
     capsys.readouterr()
@@ -166,7 +166,7 @@ def test_a_long_recording_becomes_subtitles(talk, tmp_path, capsys):
 
 def test_formats_of_what_is_hard_to_format():
     transcript = Transcript(
-        (Piece(0, 3599.9996, "a <b> & c"), Piece(3600, 3601.5, ""), Piece(4000, 4001, "d\te"))
+        (Segment(0, 3599.9996, "a <b> & c"), Segment(3600, 3601.5, ""), Segment(4000, 4001, "d\te"))
     )
     assert transcript.text == "a <b> & c d\te"
     assert transcribe.as_srt(transcript).startswith(

@@ -24,7 +24,7 @@ from babel import Locale, UnknownLocaleError
 
 from sparqle_jax import audio, prompts
 from sparqle_jax.data.dataset import Corpus, CorruptRecord, DataSet, Utterance
-from sparqle_jax.data.plan import Batch, Plan
+from sparqle_jax.data.plan import Batch, BatchPlan
 
 Arrays = dict[str, np.ndarray]
 TRANSCRIBE = "transcribe"  # the name of this task; a translation is named by its language's code
@@ -43,7 +43,7 @@ class Examples(Protocol):
 class HostBatches:
     """The plan as Grain takes it: the first `num_batches` batches, by number."""
 
-    plan: Plan
+    plan: BatchPlan
     num_batches: int
 
     def __len__(self) -> int:
@@ -55,7 +55,7 @@ class HostBatches:
 
 def batches(
     examples: Examples,
-    plan: Plan,
+    plan: BatchPlan,
     *,
     seed: int,
     stop: int,
@@ -177,7 +177,7 @@ class AlignmentExamples:
         speech: Speech,
         tokenizer: Any,
         vocab_size: int,
-        plan: Plan,
+        plan: BatchPlan,
         *,
         max_tokens: int | None = None,
         skip_corrupt: bool = False,
@@ -223,7 +223,7 @@ class InstructionExamples:
         prompter: prompts.Prompter,
         vocab_size: int,
         tasks: Sequence[Mapping[str, float]],
-        plan: Plan,
+        plan: BatchPlan,
         *,
         max_tokens: int | None = None,
         skip_corrupt: bool = False,
@@ -315,7 +315,7 @@ def _check_length(utterance: Utterance, tokens: Sequence[int], length: int) -> N
 
 def text_lengths(
     corpus: Corpus,
-    plan: Plan,
+    plan: BatchPlan,
     tasks: Sequence[Sequence[str]],
     tokenize: Callable[[list[str]], Iterable[Sequence[int]]],
     max_tokens: int | None,

@@ -14,7 +14,7 @@ import numpy as np
 
 from sparqle_jax.audio import SAMPLE_RATE
 
-GRAIN = 320  # buckets chosen from the data end at whole frames of 20 ms
+FRAME_SAMPLES = 320  # buckets chosen from the data end at whole frames of 20 ms
 LEFT_OUT = 10  # at most a tenth of the largest bucket, so that in ten epochs no example is left out twice
 _LOCK = threading.Lock()
 
@@ -25,7 +25,7 @@ def choose_buckets(num_samples: np.ndarray, number: int) -> list[int]:
     num_samples: int [N], of all recordings. The last bucket holds the longest of them. Exact, up to a
     frame, by dynamic programming over the histogram of lengths.
     """
-    counts = np.bincount(-(-np.asarray(num_samples) // GRAIN))
+    counts = np.bincount(-(-np.asarray(num_samples) // FRAME_SAMPLES))
     ends = np.flatnonzero(counts)  # a bucket that ends elsewhere could end earlier
     # What examples after end i and up to end j would take, all padded to the length of j.
     up_to = np.concatenate([[0], np.cumsum(counts[ends])])
@@ -42,7 +42,7 @@ def choose_buckets(num_samples: np.ndarray, number: int) -> list[int]:
     chosen = [len(ends) - 1]
     for choice in reversed(choices):
         chosen.append(choice[chosen[-1]] - 1)
-    return [int(ends[j]) * GRAIN for j in reversed(chosen)]
+    return [int(ends[j]) * FRAME_SAMPLES for j in reversed(chosen)]
 
 
 class Batch(NamedTuple):
@@ -71,7 +71,7 @@ def batch_sizes(
     return [Bucket(n, max(batch_size * longest // n // multiple * multiple, multiple)) for n in lengths]
 
 
-class Plan:
+class BatchPlan:
     """Batches without end, in epochs.
 
     In an epoch no example comes twice. Each bucket's examples are cut into batches. Up to the bucket with

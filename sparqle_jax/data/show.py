@@ -22,12 +22,12 @@ from sparqle_jax import prompts
 from sparqle_jax.audio import SAMPLE_RATE
 from sparqle_jax.data.dataset import DataSet
 from sparqle_jax.data.pipeline import TRANSCRIBE
-from sparqle_jax.data.plan import Plan, choose_buckets
+from sparqle_jax.data.plan import BatchPlan, choose_buckets
 
 CHUNK = 1000  # texts that are tokenised at once
 
 
-def bucket_table(plan: Plan) -> str:
+def bucket_table(plan: BatchPlan) -> str:
     """A row for each bucket: its length, batches of how many, how many of them in an epoch, padding."""
     lines = [f"{'bucket':>10}{'batch of':>10}{'batches':>9}{'padding':>9}"]
     for i, (bucket, rows) in enumerate(zip(plan.buckets, plan.epoch(0), strict=True)):
@@ -73,7 +73,7 @@ def is_unseen(character: str, tokenizer: Any, known: Container[str]) -> bool:
     return not ids or (tokenizer.unk_token_id in ids and character not in known)
 
 
-def draw_lengths(data: DataSet, plan: Plan, file: Path) -> None:
+def draw_lengths(data: DataSet, plan: BatchPlan, file: Path) -> None:
     """A histogram of the lengths as PNG, with the ends of the buckets."""
     figure = Figure(figsize=(9, 4), layout="constrained")
     axes = figure.subplots()
@@ -101,7 +101,7 @@ def main(argv: list[str] | None = None) -> int:
         data = DataSet(args.data)
         tokenizer = None if args.tokenizer is None else prompts.load_tokenizer(args.tokenizer)
         size = min(args.batch_size, len(data))
-        plan = Plan(data.num_samples, choose_buckets(data.num_samples, args.buckets), size, seed=0)
+        plan = BatchPlan(data.num_samples, choose_buckets(data.num_samples, args.buckets), size, seed=0)
     except (ValueError, FileNotFoundError) as error:
         parser.error(str(error))
     output = args.output or Path("runs") / "show" / data.folder.name

@@ -93,7 +93,7 @@ def overrides(args: argparse.Namespace, models: Path) -> list[str]:
         f"stage1.tokenizer={models / 'words'}",
         f"data.train={args.data / 'train'}",
         f"data.frames={args.data / 'frames'}",
-        "data.test={}",
+        "data.valid={}",
         "stage2.evaluate=false",
     ]
     if not args.from_scratch:
@@ -101,9 +101,9 @@ def overrides(args: argparse.Namespace, models: Path) -> list[str]:
     return changes + args.set
 
 
-def listening_of(sparqle: SparQLe, waveform: np.ndarray) -> dict[str, Any]:
+def attention_of(sparqle: SparQLe, waveform: np.ndarray) -> dict[str, Any]:
     """Which frames of a waveform float [S] at 16 kHz each query reads, as the page takes it."""
-    values = sparqle.listening((waveform, audio.SAMPLE_RATE))
+    values = sparqle.attention((waveform, audio.SAMPLE_RATE))
     levels = np.round(255 * values / values.max()).astype(np.uint8)
     return {
         "queries": levels.shape[0],
@@ -161,7 +161,7 @@ def report(config: Config, data: Path, models: dict[str, tuple[Path, str]]) -> N
         for i in range(min(len(test), SHOWN)):
             utterance, waveform = test[i], test.waveform(i)
             card = utterance_card(utterance, waveform, {name: answers[name, set_name][i] for name in models})
-            cards.append(card | {"set": set_name, "listening": listening_of(first, waveform)})
+            cards.append(card | {"set": set_name, "attention": attention_of(first, waveform)})
     descriptions = {name: text for name, (_, text) in models.items()}
     descriptions["from text"] = "the LLM reads the written sentence: what it could reach at best"
     write_page(

@@ -62,7 +62,7 @@ def run_variant(name: str, folder: Path, data: Path, changes: list[str]) -> None
             f"run={folder / name}",
             f"data.train={data / 'train'}",
             f"data.frames={data / 'frames'}",
-            f"data.test={json.dumps(tests)}",
+            f"data.valid={json.dumps(tests)}",
             *(change.replace("FOLDER", str(folder)) for change in VARIANTS[name]),
             *changes,
         ],

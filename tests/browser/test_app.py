@@ -153,7 +153,7 @@ def test_an_upload_is_heard_and_drawn(open_page, folder, tmp_path, name, options
     loaded(page)
     assert run(page) == SENTENCE
     assert page.locator("#picture .heat i").count() == 1
-    assert page.locator("#pieces table").count() == 0
+    assert page.locator("#segments table").count() == 0
     wave, heat = (page.locator(f"#picture {what}").bounding_box() for what in ("svg", ".heat i"))
     assert wave["width"] > 200
     assert wave["x"] == pytest.approx(heat["x"], abs=1)
@@ -212,9 +212,9 @@ def test_a_long_recording_is_answered_piece_by_piece(open_page, folder, tmp_path
     upload(page, folder / "two.wav")
     loaded(page)
     assert run(page) == f"{SENTENCE} {OTHER}"
-    assert page.locator("#pieces td").all_inner_texts() == [SENTENCE, OTHER]
+    assert page.locator("#segments td").all_inner_texts() == [SENTENCE, OTHER]
     assert page.locator("#picture .heat i").count() == 2
-    picture(page, "pieces", tmp_path)
+    picture(page, "segments", tmp_path)
 
 
 def test_what_is_no_recording_is_refused(open_page, folder, tmp_path):

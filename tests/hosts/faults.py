@@ -21,7 +21,7 @@ from pathlib import Path
 
 from sparqle_jax.data.dataset import Corpus, DataSet
 from sparqle_jax.data.pipeline import Waveforms
-from sparqle_jax.data.plan import Plan, choose_buckets
+from sparqle_jax.data.plan import BatchPlan, choose_buckets
 from sparqle_jax.demo import world
 from tests import cluster
 from tests.hosts.test_hosts import CHANGES
@@ -139,7 +139,7 @@ def seen(file: Path) -> dict[int, list[str]]:
 def check_examples(steps: dict[int, list[str]], data: Path, num_steps: int) -> None:
     """Every step had the rows of its batch, and every epoch each example once."""
     corpus = Corpus([DataSet(str(data / "train"))])
-    plan = Plan(corpus.num_samples, choose_buckets(corpus.num_samples, 1), BATCH, seed=0)
+    plan = BatchPlan(corpus.num_samples, choose_buckets(corpus.num_samples, 1), BATCH, seed=0)
     waveforms = Waveforms(corpus, 3.0)
     digests = [
         hashlib.sha256(waveforms.rows([i], plan.buckets[0].num_samples)["waveform"][0].tobytes()).hexdigest()
