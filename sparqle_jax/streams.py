@@ -158,16 +158,21 @@ def _after_tags(bytes_at: _Bytes, place: int) -> int:
             return min(place, bytes_at.size)
 
 
-def _check_rest(bytes_at: _Bytes, start: int, end: int) -> None:
-    """Raises UnusableAudio for more than a little that is neither audio, nor tags, nor empty."""
+def _check_rest(bytes_at: _Bytes, start: int, end: int, lost: int = 0) -> int:
+    """How many bytes are lost with these, which hold no audio that can be read; tags and zeros do not count.
+
+    lost: how many were before. Raises UnusableAudio for more than a little at once, or altogether.
+    """
     start = _after_tags(bytes_at, start)
     start = bytes_at.find(re.compile(rb"[^\x00]"), start)
-    if end - start > UNKNOWN:
+    lost += max(0, end - start)
+    if end - start > UNKNOWN or lost > max(UNKNOWN, bytes_at.size // 1000):
         raise UnusableAudio(
             "cut short",
-            f"only a part of it can be read: {end - start} of its {bytes_at.size} bytes, from byte {start} "
-            "on, are not of its format, or more than its header declares: cut them off, or convert it.",
+            f"only a part of it can be read: {lost} of its {bytes_at.size} bytes, up to byte {end}, are not "
+            "of its format, or more than its header declares: cut them off, or convert it.",
         )
+    return lost
 
 
 # --- Ogg -------------------------------------------------------------------------------------------------
@@ -175,12 +180,12 @@ def _check_rest(bytes_at: _Bytes, start: int, end: int) -> None:
 
 def _ogg(bytes_at: _Bytes, start: int) -> Iterator[range]:
     """A new one begins with the pages that begin streams: several, where streams are played at once."""
-    place, beginning, audible = start, True, 0
+    place, beginning, audible, lost = start, True, 0, 0
     while place < bytes_at.size:
         head = bytes_at(place, 27)
         if not head.startswith(b"OggS"):
             found = bytes_at.find(re.compile(b"OggS"), place)
-            _check_rest(bytes_at, place, found)
+            lost = _check_rest(bytes_at, place, found, lost)
             place = found
             continue
         if len(head) < 27:
@@ -386,7 +391,7 @@ def _mpeg(bytes_at: _Bytes, place: int) -> list[Pieces]:
         after = frame_at(where + frame.size)
         return where + frame.size == bytes_at.size or (after is not None and frame.continues(after))
 
-    in_step = False
+    in_step, lost = False, 0
     while place < bytes_at.size:
         frame = frame_at(place)
         same = frame is not None and tracks and in_step and frame.continues(tracks[-1].frame)
@@ -400,7 +405,7 @@ def _mpeg(bytes_at: _Bytes, place: int) -> list[Pieces]:
                     after = bytes_at.find(sync, after + 1)
                 # The last frame is often incomplete.
                 if tracks and place + tracks[-1].frame.size < bytes_at.size:
-                    _check_rest(bytes_at, place, after)
+                    lost = _check_rest(bytes_at, place, after, lost)
             place, in_step = after, False
             continue
         if place + frame.size > bytes_at.size:
