@@ -279,10 +279,7 @@ def read_config(file: str | Path, overrides: Sequence[str] = ()) -> Config:
     if file.suffix == ".json":
         values = json.loads(file.read_text())
     else:
-        names = runpy.run_path(str(file))
-        if "get_config" not in names:
-            raise ValueError(f"{file} is no configuration: it has no function get_config() -> Config.")
-        values = names["get_config"]().model_dump(mode="json")
+        values = _run(file).model_dump(mode="json")
     for override in overrides:
         key, equals, text = override.partition("=")
         if not equals:
@@ -291,12 +288,38 @@ def read_config(file: str | Path, overrides: Sequence[str] = ()) -> Config:
     try:
         return Config.model_validate_json(json.dumps(values))  # as JSON a path is a string
     except pydantic.ValidationError as error:
-        lines = []
-        for problem in error.errors():
-            where = ".".join(map(str, problem["loc"])) or "the whole"
-            given = "" if problem["type"] == "missing" else f" (given: {problem['input']!r})"
-            lines.append(f"  {where}: {problem['msg']}{given if problem['loc'] else ''}")
-        raise ValueError(f"{file} is not a configuration:\n" + "\n".join(lines)) from error
+        raise ValueError(_explain(file, error)) from error
+
+
+def _run(file: Path) -> Config:
+    """The configuration that a Python file gives."""
+    try:
+        names = runpy.run_path(str(file))
+        if "get_config" not in names:
+            raise ValueError(f"{file} is no configuration: it has no function get_config() -> Config.")
+        return names["get_config"]()
+    except pydantic.ValidationError as error:
+        raise ValueError(_explain(file, error)) from error
+    except ImportError as error:
+        hint = "; the adapter is now one of adapters.Config, such as qformer.Config(num_queries=100)"
+        hint = hint if "AdapterConfig" in str(error) else ""
+        raise ValueError(f"{file} is no configuration: {error}{hint}.") from error
+
+
+def _explain(file: Path, error: pydantic.ValidationError) -> str:
+    """All that is wrong in a configuration, a line each."""
+    lines = []
+    for problem in error.errors():
+        where = ".".join(map(str, problem["loc"]))
+        given = "" if problem["type"] == "missing" else f" (given: {problem['input']!r})"
+        text = f"{problem['msg']}{given if where else ''}"
+        if problem["type"] == "extra_forbidden":
+            last = where.rpartition(".")[2]
+            text = _renamed(where) or next(
+                (f"it is now {new}" for old, new in RENAMED.items() if old.rpartition(".")[2] == last), text
+            )
+        lines.append(f"  {where or 'the whole'}: {text}")
+    return f"{file} is not a configuration:\n" + "\n".join(lines)
 
 
 def _set(values: Any, path: list[str], text: str, model: Any, done: str = "") -> None:

@@ -102,3 +102,35 @@ def test_a_file_without_a_configuration_says_what_it_needs(tmp_path):
     (tmp_path / "config.py").write_text("x = 1\n")
     with pytest.raises(ValueError, match=r"config\.py .* has no function get_config"):
         read_config(tmp_path / "config.py")
+
+
+@pytest.mark.parametrize(
+    ("old", "new"),
+    [
+        ('DataConfig(train="x", test={"a": "b"})', "test: it is now data.valid"),
+        ("OptimConfig(final_lr=0.1)", "final_lr: it is now stage1.optim.final_lr_factor"),
+        ("Stage2Config(steps=1, batch_size=1, test_every=2)", "test_every: it is now stage1.eval_every"),
+        ("AdapterConfig(start=1)", "the adapter is now one of adapters.Config"),
+    ],
+)
+def test_old_names_in_a_file_are_refused_with_the_new_ones(old, new, tmp_path):
+    name = old.partition("(")[0]
+    file = tmp_path / "config.py"
+    file.write_text(f"from sparqle_jax.config import {name}\n\n\ndef get_config():\n    return {old}\n")
+    with pytest.raises(ValueError, match=new):
+        read_config(file)
+
+
+@pytest.mark.parametrize(
+    ("old", "new"),
+    [
+        ("data.test={}", "data.test: it is now data.valid"),
+        ("margin=1", "margin: it is now speech_pad"),
+        ("stage2.test_every=5", "it is now stage2.eval_every"),
+        ("stage1.optim.final_lr=5", "it is now stage1.optim.final_lr_factor"),
+        ("test_languages=[]", "it is now eval_languages"),
+    ],
+)
+def test_old_names_are_refused_with_the_new_ones(old, new):
+    with pytest.raises(ValueError, match=new):
+        read_config(TINY, [old])

@@ -350,3 +350,13 @@ def test_answers_that_are_cut_are_marked(sparqle):
     assert not cut.complete
     *_, last = sparqle.stream(good, instructions(TRANSCRIBE)[0], max_new_tokens=1)
     assert not last.complete
+
+
+def test_old_names_are_refused_with_the_new_ones(sparqle):
+    for name, new in (("listen", "run"), ("listening", "attention")):
+        with pytest.raises(AttributeError, match=f"SparQLe.{name} is now SparQLe.{new}"):
+            getattr(sparqle, name)
+    with pytest.raises(AttributeError, match=r"Transcript.pieces is now Transcript.segments"):
+        _ = Transcript(()).pieces
+    assert not hasattr(sparqle, "another")
+    assert sparqle.config.speech_pad == 0.0  # in its file, "margin"
