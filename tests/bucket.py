@@ -1,11 +1,19 @@
-"""A folder served as the bucket of a Google Cloud Storage on this machine: as much of it as reading needs."""
+"""A folder served as the bucket of a Google Cloud Storage on this machine: as much of it as reading needs, and
+writing objects of up to 5 MB."""
 
 import json
+import os
 import re
 import threading
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from urllib.parse import parse_qs, unquote, urlsplit
+
+import fsspec
+from etils import epath
+
+# Or gcsfs, which reads it when it is imported, asks for a minute what kind of bucket this is.
+os.environ["GCSFS_EXPERIMENTAL_ZB_HNS_SUPPORT"] = "false"
 
 
 class Bucket:
@@ -32,6 +40,17 @@ class Bucket:
                     self.answer_part(file.read_bytes())
                 else:
                     self.answer(json.dumps(self.about(file)).encode())
+
+            def do_POST(self):
+                """An upload in one request: two parts, the object's description and its content."""
+                body = self.rfile.read(int(self.headers["Content-Length"]))
+                mark = body.partition(b"\n")[0]
+                _, description, rest = body.split(mark + b"\n", 2)
+                content = rest.partition(b"\n\n")[2].removesuffix(b"\n" + mark + b"--")
+                file = folder / json.loads(description.partition(b"\n\n")[2])["name"]
+                file.parent.mkdir(parents=True, exist_ok=True)
+                file.write_bytes(content)
+                self.answer(json.dumps(self.about(file)).encode())
 
             def about(self, file: Path) -> dict:
                 name = str(file.relative_to(folder))
@@ -74,3 +93,12 @@ class Bucket:
         self._server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
         self.address = f"http://127.0.0.1:{self._server.server_port}"
         threading.Thread(target=self._server.serve_forever, daemon=True).start()
+
+    def use(self, monkeypatch) -> None:
+        """Makes it what gs:// means for gcsfs, which reads and writes files, and for ArrayRecord's reader."""
+        monkeypatch.setitem(fsspec.config.conf, "gcs", {"token": "anon", "endpoint_url": self.address})
+        monkeypatch.setenv("CLOUD_STORAGE_EMULATOR_ENDPOINT", self.address)
+        monkeypatch.setenv("NO_PROXY", "127.0.0.1")
+        # Both keep the file system of a bucket that another test has served.
+        epath.backend.fsspec_backend._get_filesystem.cache_clear()
+        fsspec.get_filesystem_class("gs").clear_instance_cache()
