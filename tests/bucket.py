@@ -1,5 +1,5 @@
-"""A folder served as the bucket of a Google Cloud Storage on this machine: as much of it as reading needs, and
-writing objects of up to 5 MB."""
+"""A folder served as the bucket of a Google Cloud Storage on this machine: as much of it as reading and
+writing need."""
 
 import json
 import os
@@ -22,6 +22,7 @@ class Bucket:
     def __init__(self, folder: Path):
         self.requests: list[str] = []
         requests = self.requests
+        parts: dict[str, bytes] = {}  # of objects that are being uploaded
 
         class Handler(BaseHTTPRequestHandler):
             protocol_version = "HTTP/1.1"
@@ -42,14 +43,22 @@ class Bucket:
                     self.answer(json.dumps(self.about(file)).encode())
 
             def do_POST(self):
-                """An upload in one request: two parts, the object's description and its content."""
-                body = self.rfile.read(int(self.headers["Content-Length"]))
-                mark = body.partition(b"\n")[0]
-                _, description, rest = body.split(mark + b"\n", 2)
-                content = rest.partition(b"\n\n")[2].removesuffix(b"\n" + mark + b"--")
-                file = folder / json.loads(description.partition(b"\n\n")[2])["name"]
+                """An upload: the first request gets an address, to which the content is sent in parts."""
+                url, body = urlsplit(self.path), self.rfile.read(int(self.headers["Content-Length"]))
+                name = parse_qs(url.query)["name"][0]
+                if url.path != "/content":
+                    parts[name] = b""
+                    self.answer(
+                        b"{}", headers={"Location": f"http://{self.headers['Host']}/content?name={name}"}
+                    )
+                    return
+                parts[name] += body
+                if self.headers["Content-Range"].endswith("/*"):  # more will come
+                    self.answer(b"", 308, {"Range": f"bytes=0-{len(parts[name]) - 1}"})
+                    return
+                file = folder / name
                 file.parent.mkdir(parents=True, exist_ok=True)
-                file.write_bytes(content)
+                file.write_bytes(parts.pop(name))
                 self.answer(json.dumps(self.about(file)).encode())
 
             def about(self, file: Path) -> dict:
@@ -76,13 +85,12 @@ class Bucket:
                     return
                 start = int(wanted[1]) if wanted[1] else max(0, len(data) - int(wanted[2]))
                 end = min(int(wanted[2]) + 1 if wanted[1] and wanted[2] else len(data), len(data))
-                self.answer(data[start:end], 206, f"bytes {start}-{end - 1}/{len(data)}")
+                self.answer(data[start:end], 206, {"Content-Range": f"bytes {start}-{end - 1}/{len(data)}"})
 
-            def answer(self, data: bytes, status: int = 200, part: str = "") -> None:
+            def answer(self, data: bytes, status: int = 200, headers: dict[str, str] | None = None) -> None:
                 self.send_response(status)
-                self.send_header("Content-Type", "application/octet-stream")
-                if part:
-                    self.send_header("Content-Range", part)
+                for name, value in {"Content-Type": "application/octet-stream", **(headers or {})}.items():
+                    self.send_header(name, value)
                 self.send_header("Content-Length", str(len(data)))
                 self.end_headers()
                 self.wfile.write(data)
