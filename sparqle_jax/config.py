@@ -276,10 +276,8 @@ def read_config(file: str | Path, overrides: Sequence[str] = ()) -> Config:
     file = Path(file)
     if not file.is_file():
         raise FileNotFoundError(f"{file} does not exist: give a configuration file, such as configs/tiny.py.")
-    if file.suffix == ".json":
-        values = json.loads(file.read_text())
-    else:
-        values = _run(file).model_dump(mode="json")
+    is_json = file.suffix == ".json"  # as a run keeps it
+    values = json.loads(file.read_text()) if is_json else _run(file).model_dump(mode="json")
     for override in overrides:
         key, equals, text = override.partition("=")
         if not equals:

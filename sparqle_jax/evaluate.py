@@ -470,8 +470,8 @@ def collect(
     if output is not None and hosts.is_first():
         try:
             rows = rows_there(output, identity, order)
-        except (ValueError, OSError) as error:
-            failed = str(error)
+        except Exception as error:  # of the answers, of a disk, or of a bucket's library
+            failed = str(error) or repr(error)
     done = hosts.broadcast(-1 if failed else len(rows))
     if done < 0:
         raise ValueError(failed or "the first host can't go on, and says why.")

@@ -13,6 +13,7 @@ from sparqle_jax.data import prepare
 from sparqle_jax.data.dataset import DataSet
 from sparqle_jax.evaluate import basic, differences, histogram, length_name, score, score_one, table
 from sparqle_jax.sparqle import SparQLe
+from tests.bucket import Bucket
 
 
 def test_error_rates_count_substitutions_deletions_and_insertions():
@@ -202,6 +203,39 @@ def test_a_stopped_evaluation_goes_on_to_the_same_results(kept, done, small_worl
     batches.clear()  # another normaliser needs no new answers
     assert run(small_world / "heard", tmp_path, "--normalizer", "none")["normalizer"] == "none"
     assert not batches
+
+
+@pytest.fixture
+def bucket(tmp_path, monkeypatch):
+    """A folder that is gs://bucket."""
+    (tmp_path / "bucket").mkdir()
+    Bucket(tmp_path / "bucket").use(monkeypatch)
+    return tmp_path / "bucket"
+
+
+def test_an_evaluation_on_gs_is_stopped_and_goes_on_to_the_same_results(
+    done, small_world, bucket, monkeypatch
+):
+    arguments = ["miniature", str(small_world / "heard"), "--translate", "fr", "--batch-size", "3"]
+    arguments += ["--output", "gs://bucket/runs/one"]
+    monkeypatch.setattr(evaluate, "KEEP_EVERY", 0)
+    there, batches, answer = bucket / "runs/one", [], evaluate.Evaluation._answer
+
+    def stop(self, batch):
+        batches.append(batch)
+        if len(batches) == 3:  # what has been answered so far is safe, whatever ends this
+            assert (there / "answers.jsonl").read_text().count("\n") == 6
+            raise KeyboardInterrupt
+        return answer(self, batch)
+
+    monkeypatch.setattr(evaluate.Evaluation, "_answer", stop)
+    assert evaluate.main(arguments) == evaluate.INTERRUPTED
+    assert len(lines(there)) == 6
+    assert not (there / "results.json").exists()
+    assert evaluate.main(arguments) == 0
+    assert len(batches) == 4  # only the last one was answered anew
+    for name in ("answers.jsonl", "results.json", "index.html"):
+        assert (there / name).read_bytes() == (done / name).read_bytes()
 
 
 def test_answers_of_another_evaluation_are_not_continued(done, small_world, capsys):

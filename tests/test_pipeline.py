@@ -4,7 +4,6 @@ import json
 import shutil
 from pathlib import Path
 
-import fsspec
 import grain
 import jax
 import numpy as np
@@ -384,11 +383,7 @@ def test_a_batch_of_corrupt_records_alone_is_an_error(small_world, tokenizer, mo
 
 def test_a_data_set_on_gs_gives_the_batches_of_a_local_one(small_world, corpus, tokenizer, monkeypatch):
     bucket = Bucket(small_world)
-    # The emulators of gcsfs, which reads the index, and of ArrayRecord's reader.
-    monkeypatch.setitem(fsspec.config.conf, "gcs", {"token": "anon", "endpoint_url": bucket.address})
-    monkeypatch.setenv("CLOUD_STORAGE_EMULATOR_ENDPOINT", bucket.address)
-    monkeypatch.setenv("GCSFS_EXPERIMENTAL_ZB_HNS_SUPPORT", "false")
-    monkeypatch.setenv("NO_PROXY", "127.0.0.1")
+    bucket.use(monkeypatch)
     with pytest.raises(FileNotFoundError, match="gs://bucket/nowhere is no data set"):
         DataSet("gs://bucket/nowhere")
     remote = Corpus([DataSet("gs://bucket/train")])

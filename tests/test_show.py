@@ -82,3 +82,24 @@ def test_what_is_not_there_is_said(small_world, tmp_path, capsys):
     with pytest.raises(SystemExit):
         show.main([str(small_world / "train"), "--tokenizer", "nowhere"])
     assert "nowhere is no folder" in capsys.readouterr().err
+
+
+def test_translations_that_lack_and_recordings_without_speech_are_counted(tmp_path, letters, capsys):
+    rows = [{"text": "ab", "translations": {"de": "cd"}}, {"text": "ef"}, {"text": ""}]
+    for i in range(3):
+        noise = np.random.default_rng(i).uniform(-0.5, 0.5, 16_000)
+        soundfile.write(tmp_path / f"{i}.wav", noise, 16_000)
+    lines = [json.dumps({"audio": f"{i}.wav", **row}) + "\n" for i, row in enumerate(rows)]
+    (tmp_path / "m.jsonl").write_text("".join(lines))
+    arguments = ["manifest", str(tmp_path / "data"), "--manifest", str(tmp_path / "m.jsonl"), "--allow-empty"]
+    assert prepare.main([*arguments, "--beam", "runner=DirectRunner"]) == 0
+    capsys.readouterr()
+    arguments = ["--buckets", "1", "--tokenizer", str(letters), "--output", str(tmp_path / "show")]
+    assert show.main([str(tmp_path / "data"), *arguments]) == 0
+    printed = capsys.readouterr().out
+    assert "translated into: de\n" in printed
+    assert "without a translation into de: 2\n" in printed
+    assert "nobody speaks in 1 of them" in printed
+    assert "de: 1 texts, 2.0 tokens on average, at most 2" in printed
+    assert re.search(r"transcribe: 3 texts, 1\.3 tokens", printed)
+    assert "2.wav: (nobody speaks)" in printed
