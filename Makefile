@@ -4,7 +4,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 export JAX_COMPILATION_CACHE_DIR ?= $(CURDIR)/.cache/jax
 
-.PHONY: help setup demo demo-from-scratch test test-slow test-hosts test-faults test-browser parity fullsize bench-data lint format clean
+.PHONY: help setup demo demo-from-scratch test test-slow test-hosts test-faults test-browser parity fullsize bench bench-data lint format clean
 
 help:  ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/' | expand -t 20
@@ -59,6 +59,9 @@ parity: $(VENV)/.ready-parity  ## the same numbers as PyTorch
 
 fullsize: $(VENV)/.ready-parity  ## full-size towers: HuBERT-large against PyTorch, memory of a 1B LLM
 	$(BIN)/python -m tests.parity.fullsize
+
+bench: $(VENV)/.ready-parity  ## how fast the encoder is, beside PyTorch
+	$(BIN)/python -m benchmarks.encoder
 
 bench-data: $(VENV)/.ready-parity  ## how fast data are read, beside soundfile and PyTorch's DataLoader
 	$(BIN)/python -m benchmarks.data

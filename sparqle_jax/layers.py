@@ -163,10 +163,13 @@ def attention(
     """Scaled dot-product attention with the softmax in float32.
 
     query [B, T, N, H]; key and value [B, C, K, H], K dividing N; mask bool, broadcastable to
-    [B, N, T, C], True where a query may look. Returns [B, T, N, H]. A query that may look nowhere
-    gets the mean of the values: finite, and never used.
+    [B, N, T, C], True where a query may look; in one that is the same for all queries, [B, 1, 1, C], the
+    keys that are seen come first. Returns [B, T, N, H]. A query that may look nowhere gets finite values,
+    which are never used.
     """
     if dropout_key is None or dropout_rate == 0.0:
+        if _has_cudnn(query) and (mask is None or mask.shape[1:3] == (1, 1)):
+            return _cudnn_attention(query, key, value, mask)
         return jax.nn.dot_product_attention(query, key, value, mask=mask)
     scores = jnp.einsum("BTNH,BCNH->BNTC", query, key, preferred_element_type=jnp.float32)
     scores *= query.shape[-1] ** -0.5
@@ -174,6 +177,29 @@ def attention(
         scores = jnp.where(mask, scores, jnp.finfo(jnp.float32).min)
     weights = dropout(jax.nn.softmax(scores), dropout_rate, dropout_key)
     return jnp.einsum("BNTC,BCNH->BTNH", weights.astype(value.dtype), value)
+
+
+def _has_cudnn(query: jax.Array) -> bool:
+    """Whether cuDNN's fused attention is there for these queries: on NVIDIA's GPUs, in 16 bits.
+
+    It keeps no scores in memory. A program may be for devices that are not here (`plan_tpu`): its mesh says.
+    """
+    device = getattr(jax.sharding.get_abstract_mesh(), "abstract_device", None)
+    platform = getattr(device, "platform", None) or jax.default_backend()
+    sizes = query.shape[-1] % 8 == 0 and query.shape[-1] <= 128
+    return platform in ("gpu", "cuda") and query.dtype in (jnp.bfloat16, jnp.float16) and sizes
+
+
+def _cudnn_attention(query: jax.Array, key: jax.Array, value: jax.Array, mask: jax.Array | None) -> jax.Array:
+    """As `attention`, for a mask bool [B, 1, 1, C] that leaves out the last keys, or none."""
+    lengths = {}
+    if mask is not None:
+        batch = query.shape[0]
+        # At least one key, so that an empty row has finite values.
+        seen = jnp.maximum(jnp.broadcast_to(mask, (batch, *mask.shape[1:])).sum((1, 2, 3), jnp.int32), 1)
+        every = jnp.full(batch, query.shape[1], jnp.int32)
+        lengths = dict(query_seq_lengths=every, key_value_seq_lengths=seen)
+    return jax.nn.dot_product_attention(query, key, value, implementation="cudnn", **lengths)
 
 
 class Attention(nnx.Module):
