@@ -4,7 +4,7 @@
     python -m benchmarks.encoder --size tiny     # a smoke test
 
 HuBERT-large on 16 recordings of 15 s in bfloat16 on a GPU; HuBERT-base on 2 of 10 s in float32 on a CPU.
-Recordings are padded by up to 14%. PyTorch has sdpa attention, and runs eagerly. Times are medians after warm-up.
+Recordings are padded by up to 14%. PyTorch has sdpa attention, and runs eagerly. Times are medians.
 """
 
 import argparse
