@@ -334,6 +334,9 @@ def _set(values: Any, path: list[str], text: str, model: Any, done: str = "") ->
             value = json.loads(text)
         except json.JSONDecodeError:
             value = text
+        part = None if model is None else _model_of(model.model_fields[key].annotation, None)
+        if isinstance(value, str) and part is not None and "folder" in part.model_fields:
+            value = {"folder": value}
         if key == "kind" and value != values.get("kind"):
             values.clear()  # the fields of another part
         values[key] = value

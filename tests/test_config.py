@@ -37,6 +37,13 @@ def test_overrides_reach_any_depth_and_keep_their_types():
     assert config.stage2.optim.warmup_steps == read_config(TINY).stage2.optim.warmup_steps
 
 
+def test_a_folder_alone_is_an_encoder():
+    encoder = read_config(TINY, ["encoder=somewhere", "encoder.layer_mix=true", "data.frames=null"]).encoder
+    assert (encoder.folder, encoder.layer_mix) == (Path("somewhere"), True)
+    with pytest.raises(ValueError, match="layer_mix it trains: set data"):
+        read_config(TINY, ["encoder.layer_mix=true"])
+
+
 def test_training_data_are_a_folder_or_a_mixture():
     assert read_config(TINY, ["data.train=gs://bucket/data"]).data.train["train"].folder == "gs://bucket/data"
     mixture = '{"a": {"folder": "A", "weight": 2}, "b": {"folder": "B", "weight": 1, "tasks": {"de": 1}}}'
