@@ -34,6 +34,13 @@ def pytest_sessionstart():
         raise pytest.UsageError(f"the tests need 8 CPU devices, JAX made {jax.device_count('cpu')}.")
 
 
+@pytest.fixture(scope="module", autouse=True)
+def _forget_programs():
+    """Compiled programs of a file go with it: those of all files are more than a process may map."""
+    yield
+    jax.clear_caches()
+
+
 class Golden:
     """A folder of golden numbers: configurations, numbers, and the models loaded from its weights."""
 
