@@ -28,8 +28,8 @@ import numpy as np
 import soundfile
 
 from sparqle_jax import audio, commands
-from sparqle_jax.data.pipeline import TRANSCRIBE, instructions
 from sparqle_jax.sparqle import LENGTHS, MINIATURE, SparQLe, Transcript, with_speech
+from sparqle_jax.tasks import TRANSCRIBE, instructions
 
 # Before gradio is loaded: nothing is sent to anyone.
 os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"

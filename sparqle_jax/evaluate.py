@@ -13,241 +13,39 @@ An utterance is translated into the languages in which it has a reference. Recor
 """
 
 import argparse
-import bisect
 import dataclasses
-import itertools
 import json
-import math
 import os
 import sys
 import time
-import unicodedata
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-import jinja2
-import jiwer
 import numpy as np
 import tqdm
 from etils import epath
-from sacrebleu.metrics import BLEU, CHRF
 
 from sparqle_jax import checkpoint, commands, hosts, prompts, sharding
-from sparqle_jax.audio import SAMPLE_RATE, UnusableAudio, as_wav
+from sparqle_jax.audio import SAMPLE_RATE, UnusableAudio
 from sparqle_jax.data.dataset import DataSet
-from sparqle_jax.data.pipeline import (
-    TRANSCRIBE,
-    answer_of,
-    check_tasks,
-    has_answer,
-    instructions,
-    language_name,
+from sparqle_jax.evaluation_page import page
+from sparqle_jax.scores import (
+    NORMALIZERS,
+    group,
+    score,
+    score_one,
+    shown_scores,
+    signatures,
+    silence_line,
+    table,
 )
 from sparqle_jax.sparqle import BATCH_SIZE, MINIATURE, SparQLe
+from sparqle_jax.tasks import TRANSCRIBE, answer_of, check_tasks, has_answer, instructions
 
 ANSWERS, RESULTS, PAGE, IDENTITY = "answers.jsonl", "results.json", "index.html", "evaluation.json"
-TEMPLATE = Path(__file__).with_suffix(".html")
-LENGTHS = (2, 5, 10, 20, 30)  # where the buckets of lengths end, in seconds
-WITHOUT_SPACES = {"zh", "yue", "ja", "th", "lo", "km", "my"}  # languages that are not written in words
-APOSTROPHES = "'\u2018\u2019\u02bc"
-# On the page.
-WORST = 50  # utterances for each task
-MAX_AUDIO = 30_000_000  # characters of audio in all
-MAX_POINTS = 2000
 FAILED, INTERRUPTED = 1, 130
 KEEP_EVERY = 30  # seconds after which answers are written anew where they can't be appended
-
-# --- Scores --------------------------------------------------------------------------------------------
-
-
-def basic(text: str) -> str:
-    """Lower case and NFKC, without punctuation (Unicode's P): apostrophes vanish, the rest parts words."""
-    text = unicodedata.normalize("NFKC", text).lower()
-    text = "".join(character for character in text if character not in APOSTROPHES)
-    return " ".join("".join(" " if unicodedata.category(c)[0] == "P" else c for c in text).split())
-
-
-NORMALIZERS: dict[str, Callable[[str], str]] = {"none": str, "basic": basic}
-
-
-def score(
-    task: str, references: Sequence[str], answers: Sequence[str], *, normalizer: str = "none"
-) -> dict[str, float]:
-    """Of transcripts: wer and cer (jiwer, fractions). Of translations: bleu and chrf (sacrebleu, 0 to 100).
-
-    Of both: exact, the share of answers that are the reference, letter for letter. normalizer: what is done
-    to transcripts before their words are compared. Words in answers to an empty reference are insertions, and
-    count as such in wer; where no reference has a word, wer and cer are the number of words and letters in
-    the answers, as jiwer has it.
-    """
-    exact = sum(a == r for a, r in zip(answers, references, strict=True)) / len(references)
-    if task == TRANSCRIBE:
-        wanted, given = (list(map(NORMALIZERS[normalizer], texts)) for texts in (references, answers))
-        return {
-            "wer": float(jiwer.wer(wanted, given)),
-            "cer": float(jiwer.cer(wanted, given)),
-            "exact": exact,
-        }
-    scores = {name: m.corpus_score(answers, [references]).score for name, m in metrics(task).items()}
-    return {**scores, "exact": exact}
-
-
-def without_speech(answers: Sequence[str], seconds: float, *, normalizer: str = "none") -> dict[str, Any]:
-    """What a model invents: its answers to recordings in which nobody speaks, `seconds` in all.
-
-    utterances, seconds; with_words: how many answers have any words; words, words_per_utterance and
-    words_per_minute, as the WER counts insertions.
-    """
-    given = list(map(NORMALIZERS[normalizer], answers))
-    words = jiwer.process_words([""] * len(given), given).insertions
-    return {
-        "utterances": len(given),
-        "seconds": seconds,
-        "with_words": sum(bool(text.strip()) for text in given),
-        "words": words,
-        "words_per_utterance": words / len(given),
-        "words_per_minute": 60 * words / seconds,
-    }
-
-
-def silence_line(found: dict[str, Any]) -> str:
-    """What `without_speech` has found, as text."""
-    return (
-        f"nobody speaks in {found['utterances']} ({_duration(found['seconds'])}): {found['with_words']} got "
-        f"words, {found['words']} in all, {found['words_per_utterance']:.2f} a recording, "
-        f"{found['words_per_minute']:.1f} a minute"
-    )
-
-
-def score_one(task: str, reference: str, answer: str, *, normalizer: str = "none") -> dict[str, float]:
-    """Of one answer: wer and cer, or chrf."""
-    if task == TRANSCRIBE:
-        scores = score(task, [reference], [answer], normalizer=normalizer)
-        return {"wer": scores["wer"], "cer": scores["cer"]}
-    return {"chrf": CHRF().sentence_score(answer, [reference]).score}
-
-
-def metrics(language: str) -> dict[str, BLEU | CHRF]:
-    """sacrebleu's bleu and chrf, with its tokenizer for the language, or one that takes each character."""
-    code = _code(language)
-    try:
-        bleu = BLEU(tokenize="char") if code in WITHOUT_SPACES - {"zh", "ja"} else BLEU(trg_lang=code)
-    except RuntimeError:  # Japanese and Korean need MeCab
-        bleu = BLEU(tokenize="char")
-    return {"bleu": bleu, "chrf": CHRF()}
-
-
-def signatures(language: str) -> dict[str, str]:
-    """What sacrebleu says of how bleu and chrf are computed."""
-    found = metrics(language)
-    for metric in found.values():
-        metric.corpus_score([""], [[""]])  # before, it does not know the number of references
-    return {name: str(metric.get_signature()) for name, metric in found.items()}
-
-
-def _code(language: str) -> str:
-    """Without what follows a language's code: "zh" of "zh_TW"."""
-    return language.replace("-", "_").partition("_")[0].lower()
-
-
-def table(scores: dict[str, dict[str, Any]]) -> str:
-    """Scores of several evaluations as text: a row for each, with its name. A task may have `n` beside its
-    scores: the number of its references."""
-    columns = _columns(dict.fromkeys(task for by_task in scores.values() for task in by_task))
-    counted = {task for by_task in scores.values() for task in by_task if "n" in by_task[task]}
-    columns = [column for column in columns if column[1] != "n" or column[0] in counted]
-    width = max(map(len, scores))
-    lines = [" " * width + "".join(f"{title:>10}" for *_, title in columns)]
-    for name, by_task in scores.items():
-        cells = [f"{_cell(by_task, task, key):>10}" for task, key, _ in columns]
-        lines.append(f"{name:<{width}}" + "".join(cells))
-    return "\n".join(lines)
-
-
-def _columns(tasks: Iterable[str]) -> list[tuple[str, str, str]]:
-    """Task, name and title of each score in a table."""
-    return [
-        (task, *column)
-        for task in tasks
-        for column in (
-            [("wer", "WER"), ("cer", "CER")]
-            if task == TRANSCRIBE
-            else [("n", f"n {task}"), ("bleu", f"BLEU {task}"), ("chrf", f"chrF {task}")]
-        )
-    ]
-
-
-def _cell(by_task: dict[str, Any], task: str, key: str) -> str:
-    """A score in a table; a dash where nothing could be scored."""
-    value = by_task.get(task, {}).get(key)
-    return "-" if value is None else _number(key, value)
-
-
-def _shown(scores: dict[str, Any], name: str) -> dict[str, dict[str, Any]]:
-    """The scores of the groups of a kind (see `group`) for tables: with the number of references to tasks for
-    which not all utterances have one, and without a WER where nobody speaks."""
-    counted = [task for task, n in scores["all"]["references"].items() if n < scores["all"]["utterances"]]
-    shown = {}
-    for key, one in ({"all": scores["all"]} if name == "all" else scores[name]).items():
-        by_task = {task: dict(some) for task, some in one["scores"].items()}
-        if one.get("without speech", {}).get("utterances") == one["utterances"]:
-            by_task.pop(TRANSCRIBE)
-        for task in counted:
-            by_task.setdefault(task, {})["n"] = one["references"][task]
-        shown[key] = by_task
-    return shown
-
-
-def _number(name: str, value: float) -> str:
-    """As a table has it: wer and cer in percent."""
-    if name == "n":
-        return str(value)
-    return f"{value:.1f}" if name in ("bleu", "chrf") else f"{value:.1%}"
-
-
-def length_name(seconds: float) -> str:
-    """The bucket of a length: "0-2 s" up to 2 s, "2-5 s", ..., "over 30 s"."""
-    place = bisect.bisect_left(LENGTHS, seconds)
-    return f"over {LENGTHS[-1]} s" if place == len(LENGTHS) else f"{(0, *LENGTHS)[place]}-{LENGTHS[place]} s"
-
-
-def group(rows: Sequence[dict[str, Any]], tasks: Sequence[str], normalizer: str) -> dict[str, Any]:
-    """Scores of rows of answers.jsonl: of all, by spoken language and by length; each with its number of
-    references by task, and with what `without_speech` finds if nobody speaks in some."""
-
-    def scored(some: Sequence[dict[str, Any]]) -> dict[str, Any]:
-        scores, references = {}, {}
-        for task in tasks:
-            both = [[row[task][what] for row in some if task in row] for what in ("reference", "answer")]
-            references[task] = len(both[0])
-            if both[0]:
-                scores[task] = score(task, *both, normalizer=normalizer)
-        silent = [row for row in some if not row[TRANSCRIBE]["reference"]]
-        found = {
-            "utterances": len(some),
-            "seconds": math.fsum(row["seconds"] for row in some),
-            "references": references,
-            "scores": scores,
-        }
-        if silent:
-            answers = [row[TRANSCRIBE]["answer"] for row in silent]
-            seconds = math.fsum(row["seconds"] for row in silent)
-            found["without speech"] = without_speech(answers, seconds, normalizer=normalizer)
-        return found
-
-    def by(name: Callable[[dict[str, Any]], str], order: Iterable[dict[str, Any]]) -> dict[str, Any]:
-        names = dict.fromkeys(map(name, order))
-        return {one: scored([row for row in rows if name(row) == one]) for one in names}
-
-    return {
-        "all": scored(rows),
-        "by language": by(lambda row: row["language"], sorted(rows, key=lambda row: row["language"])),
-        "by length": by(
-            lambda row: length_name(row["seconds"]), sorted(rows, key=lambda row: row["seconds"])
-        ),
-    }
-
 
 # --- Answers -------------------------------------------------------------------------------------------
 
@@ -542,142 +340,6 @@ def write_results(
     commands.write_text(folder / PAGE, page(results, rows, data_set))
 
 
-# --- The page ------------------------------------------------------------------------------------------
-
-Piece = tuple[str, str]  # "same", "sub", "del" or "ins", and words
-
-
-def differences(
-    reference: str, answer: str, normalizer: str = "none", *, by_character: bool = False
-) -> tuple[list[Piece], list[Piece]]:
-    """Both texts in pieces, as the words that are compared for the WER differ; or the characters.
-
-    "del" is in the reference alone, "ins" in the answer alone, "sub" in both.
-    """
-    parted = [list(text) if by_character else text.split() for text in (reference, answer)]
-    # Of each text the words that are compared, and from which part each comes.
-    words: list[list[str]] = []
-    parts: list[list[int]] = []
-    for some in parted:
-        found = [(word, i) for i, part in enumerate(some) for word in NORMALIZERS[normalizer](part).split()]
-        words.append([word for word, _ in found])
-        parts.append([i for _, i in found])
-    (chunks,) = jiwer.process_words(*(" ".join(some) for some in words)).alignments
-    kinds = [["same"] * len(some) for some in parted]
-    for chunk in chunks:
-        kind = {"equal": "same", "substitute": "sub", "delete": "del", "insert": "ins"}[chunk.type]
-        ranges = ((chunk.ref_start_idx, chunk.ref_end_idx), (chunk.hyp_start_idx, chunk.hyp_end_idx))
-        for side, (start, end) in enumerate(ranges):
-            for i in parts[side][start:end]:
-                if kind != "same":
-                    kinds[side][i] = kind
-    between = "" if by_character else " "
-    both = []
-    for some, kind in zip(parted, kinds, strict=True):
-        runs = itertools.groupby(zip(kind, some, strict=True), key=lambda pair: pair[0])
-        both.append([(name, between.join(part for _, part in run)) for name, run in runs])
-    return both[0], both[1]
-
-
-def page(results: dict[str, Any], rows: Sequence[dict[str, Any]], data_set: DataSet) -> str:
-    """The HTML page of an evaluation, with all that it needs in it. rows: with the scores of every answer."""
-    tasks = results["tasks"]
-    worst = {task: worst_of(rows, task) for task in tasks}
-    clips: dict[int, str] = {}
-    room = MAX_AUDIO
-    in_turn = itertools.chain.from_iterable(itertools.zip_longest(*worst.values()))  # the worst of each first
-    for row in filter(None, in_turn):
-        if row["index"] not in clips and row["seconds"] * SAMPLE_RATE * 8 / 3 < room:
-            clips[row["index"]] = as_wav(data_set.samples(row["index"]))
-            room -= len(clips[row["index"]])
-    scores = results["scores"]
-    shown = {"": _shown(scores, "all")} | {
-        name: _shown(scores, name) for name in ("by language", "by length")
-    }
-    counted = {task for task, some in shown[""]["all"].items() if "n" in some}
-    spoken = [row for row in rows if row[TRANSCRIBE]["reference"]]
-    environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True)
-    environment.filters |= {"number": _number, "language": _language}
-    return environment.from_string(TEMPLATE.read_text(encoding="utf-8")).render(
-        title=f"{results['model']['folder']} on {data_set.folder.name}",
-        duration=_duration,
-        results=results,
-        columns=[column for column in _columns(tasks) if column[1] != "n" or column[0] in counted],
-        groups={
-            "": {"all": scores["all"]},
-            "by language": scores["by language"],
-            "by length": scores["by length"],
-        },
-        shown=shown,
-        cell=_cell,
-        silence_line=silence_line,
-        bars=histogram([row[TRANSCRIBE]["wer"] for row in spoken]) if spoken else [],
-        num_spoken=len(spoken),
-        points=[
-            (row["seconds"], row[TRANSCRIBE]["wer"]) for row in spoken[:: -(-len(spoken) // MAX_POINTS) or 1]
-        ],
-        longest=(longest := max(row["seconds"] for row in rows)),
-        marks=_marks(longest),
-        worst={
-            task: [_card(row, task, results["normalizer"]) for row in some] for task, some in worst.items()
-        },
-        clips=clips,
-        max_megabytes=MAX_AUDIO // 1_000_000,
-    )
-
-
-def worst_of(rows: Iterable[dict[str, Any]], task: str) -> list[dict[str, Any]]:
-    """The rows with the WORST answers to a task, the worst first; none that is right."""
-    if task == TRANSCRIBE:
-        wrong = [row for row in rows if row[task]["wer"]]
-        return sorted(wrong, key=lambda row: (-row[task]["wer"], -row[task]["cer"], row["index"]))[:WORST]
-    wrong = [row for row in rows if task in row and row[task]["answer"] != row[task]["reference"]]
-    return sorted(wrong, key=lambda row: (row[task]["chrf"], row["index"]))[:WORST]
-
-
-def histogram(wers: Sequence[float]) -> list[tuple[str, int]]:
-    """How many are 0, up to 10 %, ..., up to 100 %, and more."""
-    counts = np.bincount([min(math.ceil(10 * wer - 1e-9), 11) for wer in wers], minlength=12).tolist()
-    return list(zip(["0", *(f"\u2264{10 * i}" for i in range(1, 11)), ">100"], counts, strict=True))
-
-
-def _marks(longest: float) -> list[float]:
-    """Round numbers from 0 on, at most six."""
-    power = 10.0 ** math.floor(math.log10(longest / 5))
-    step = next(power * digit for digit in (1, 2, 5, 10) if power * digit >= longest / 5)
-    return [step * i for i in range(math.floor(longest / step) + 1)]
-
-
-def _card(row: dict[str, Any], task: str, normalizer: str) -> dict[str, Any]:
-    """An utterance as the page takes it: the task's language, the scores, both texts in pieces."""
-    language, text = row["language"] if task == TRANSCRIBE else task, row[task]
-    by_character = _code(language) in WITHOUT_SPACES
-    normalizer = normalizer if task == TRANSCRIBE else "none"
-    titles = {"wer": "WER", "cer": "CER", "chrf": "chrF"}
-    scores = [(titles[name], _number(name, text[name])) for name in titles if name in text]
-    if not text["reference"]:
-        scores = [("nobody speaks, extra words", f"{text['wer']:.0f}")]
-    return {
-        "row": row,
-        "lang": language,
-        "scores": scores,
-        "pieces": differences(text["reference"], text["answer"], normalizer, by_character=by_character),
-        "between": "" if by_character else " ",
-    }
-
-
-def _language(code: str) -> str:
-    try:
-        return language_name(code)
-    except ValueError:
-        return code
-
-
-def _duration(seconds: float) -> str:
-    hours, rest = divmod(round(seconds), 3600)
-    return f"{hours}:{rest // 60:02}:{rest % 60:02} h" if hours else f"{rest // 60}:{rest % 60:02} min"
-
-
 # --- The command ---------------------------------------------------------------------------------------
 
 
@@ -759,7 +421,7 @@ def main(argv: list[str] | None = None) -> int:
     shown = {
         name: one
         for kind in ("all", "by language", "by length")
-        for name, one in _shown(scores, kind).items()
+        for name, one in shown_scores(scores, kind).items()
     }
     print(table({f"{name} ({named[name]['utterances']})": one for name, one in shown.items()}))
     if "without speech" in scores["all"]:

@@ -34,11 +34,11 @@ from jax.sharding import Mesh
 
 from sparqle_jax import assemble, audio, hosts, pretrained, prompts
 from sparqle_jax.compat import Compat
-from sparqle_jax.data.pipeline import TRANSCRIBE, instructions
 from sparqle_jax.generate import GenerationConfig, generate, stream
 from sparqle_jax.llms import lora
 from sparqle_jax.model import SpeechLLM, min_samples
 from sparqle_jax.sharding import batch_parts, batch_sharding
+from sparqle_jax.tasks import TRANSCRIBE, instructions
 
 MINIATURE = Path(__file__).parent / "demo" / "models" / "sparqle"
 BATCH_SIZE = 32

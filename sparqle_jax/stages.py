@@ -7,16 +7,9 @@ import numpy as np
 from sparqle_jax import audio, hosts
 from sparqle_jax.config import Config, Stage1Config, StageConfig
 from sparqle_jax.data.dataset import Corpus
-from sparqle_jax.data.pipeline import (
-    TRANSCRIBE,
-    AlignmentExamples,
-    Examples,
-    InstructionExamples,
-    Waveforms,
-    check_tasks,
-    have_any,
-)
+from sparqle_jax.data.pipeline import AlignmentExamples, Examples, InstructionExamples, Waveforms
 from sparqle_jax.data.plan import BatchPlan, choose_buckets
+from sparqle_jax.tasks import TRANSCRIBE, check_tasks, have_any
 
 
 @dataclasses.dataclass

@@ -35,25 +35,19 @@ from sparqle_jax.checkpoint import CheckpointError, differences, fingerprint
 from sparqle_jax.config import Config, StageConfig, read_config
 from sparqle_jax.data.dataset import Corpus, CorruptRecord, DataSet
 from sparqle_jax.data.frames import keep_frames
-from sparqle_jax.data.pipeline import (
-    SKIPPED,
-    TRANSCRIBE,
-    AlignmentExamples,
-    InstructionExamples,
-    Waveforms,
-    check_tasks,
-    have_any,
-)
+from sparqle_jax.data.pipeline import SKIPPED, AlignmentExamples, InstructionExamples, Waveforms
 from sparqle_jax.data.plan import BatchPlan
-from sparqle_jax.evaluate import evaluate, silence_line, table, without_speech
+from sparqle_jax.evaluate import evaluate
 from sparqle_jax.loop import HostFailed, Stopped
 from sparqle_jax.metrics import Validation
 from sparqle_jax.model import SpeechLLM, min_samples, partition
+from sparqle_jax.scores import silence_line, table, without_speech
 from sparqle_jax.sharding import (
     batch_parts,
     make_mesh,
 )
 from sparqle_jax.sparqle import ModelConfig, SparQLe, Tower
+from sparqle_jax.tasks import TRANSCRIBE, check_tasks, have_any
 
 IDENTITY = "identity.json"  # in the run's folder: what must be the same when it goes on
 # Keys of the configuration that may be others when a run goes on; of folders, their contents are compared.

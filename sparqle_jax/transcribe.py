@@ -29,8 +29,8 @@ import jax
 import tqdm
 
 from sparqle_jax import audio, commands
-from sparqle_jax.data.pipeline import TRANSCRIBE, instructions
 from sparqle_jax.sparqle import BATCH_SIZE, MINIATURE, Segment, SparQLe, Transcript, with_speech
+from sparqle_jax.tasks import TRANSCRIBE, instructions
 
 ENDINGS = {".wav", ".flac", ".mp3", ".ogg", ".opus", ".oga", ".aiff", ".aif", ".au", *audio.FFMPEG}
 

@@ -8,10 +8,11 @@ import numpy as np
 import pytest
 import soundfile
 
-from sparqle_jax import evaluate
+from sparqle_jax import evaluate, evaluation_page, scores
 from sparqle_jax.data import prepare
 from sparqle_jax.data.dataset import DataSet
-from sparqle_jax.evaluate import basic, differences, histogram, length_name, score, score_one, table
+from sparqle_jax.evaluation_page import differences, histogram
+from sparqle_jax.scores import basic, length_name, score, score_one, table
 from sparqle_jax.sparqle import SparQLe
 from tests.bucket import Bucket
 
@@ -64,11 +65,11 @@ def test_bleu_of_the_reference_is_100_and_of_other_words_0():
 
 
 def test_signatures_name_the_tokenizer():
-    assert "tok:13a" in evaluate.signatures("fr")["bleu"]
-    assert "tok:zh" in evaluate.signatures("zh_TW")["bleu"]
-    assert re.search("tok:(char|ja-mecab)", evaluate.signatures("ja")["bleu"])
-    assert "tok:char" in evaluate.signatures("th")["bleu"]
-    assert "nc:6" in evaluate.signatures("fr")["chrf"]
+    assert "tok:13a" in scores.signatures("fr")["bleu"]
+    assert "tok:zh" in scores.signatures("zh_TW")["bleu"]
+    assert re.search("tok:(char|ja-mecab)", scores.signatures("ja")["bleu"])
+    assert "tok:char" in scores.signatures("th")["bleu"]
+    assert "nc:6" in scores.signatures("fr")["chrf"]
     assert score("zh", ["今天天气很好"], ["今天天气不好"])["bleu"] > 20
 
 
@@ -168,9 +169,9 @@ def test_texts_are_no_markup_on_the_page(done, small_world):
         row |= {"id": evil, "speaker": evil, "language": evil}
         row["transcribe"] |= {"reference": evil, "answer": evil + " <b>more</b>", "wer": 0.5}
         row["fr"]["answer"] = evil
-    results["scores"] = evaluate.group(rows, results["tasks"], "none")
+    results["scores"] = scores.group(rows, results["tasks"], "none")
     results["model"]["folder"] = evil
-    page = evaluate.page(results, rows, DataSet(small_world / "heard"))
+    page = evaluation_page.page(results, rows, DataSet(small_world / "heard"))
     assert page.count("<script") == page.count("</script>") == 2
     assert "<img" not in page
     assert "<b>more" not in page
@@ -178,9 +179,9 @@ def test_texts_are_no_markup_on_the_page(done, small_world):
 
 
 def test_recordings_that_have_no_room_on_the_page_are_said_to_be_left_out(done, small_world, monkeypatch):
-    monkeypatch.setattr(evaluate, "MAX_AUDIO", 100_000)
+    monkeypatch.setattr(evaluation_page, "MAX_AUDIO", 100_000)
     results = json.loads((done / "results.json").read_text())
-    page = evaluate.page(results, lines(done), DataSet(small_world / "heard"))
+    page = evaluation_page.page(results, lines(done), DataSet(small_world / "heard"))
     assert "Without its recording" in page
     assert len(page) < 200_000
 
@@ -307,7 +308,7 @@ def test_words_where_nobody_speaks_are_insertions():
     scores = score("transcribe", ["a b c d", "", ""], ["a x c d", "y y y", ""])
     assert scores["wer"] == pytest.approx((1 + 3) / 4)
     assert scores["exact"] == pytest.approx(1 / 3)
-    found = evaluate.without_speech(["Thank you!", "", "...", "Bye."], 90.0, normalizer="basic")
+    found = scores.without_speech(["Thank you!", "", "...", "Bye."], 90.0, normalizer="basic")
     assert found == {
         "utterances": 4,
         "seconds": 90.0,
@@ -316,7 +317,7 @@ def test_words_where_nobody_speaks_are_insertions():
         "words_per_utterance": 0.75,
         "words_per_minute": 2.0,
     }
-    line = evaluate.silence_line(found)
+    line = scores.silence_line(found)
     assert line == "nobody speaks in 4 (1:30 min): 2 got words, 3 in all, 0.75 a recording, 2.0 a minute"
 
 
@@ -370,7 +371,7 @@ def test_only_what_has_a_reference_is_scored_and_nobody_speaking_apart(partly, d
     )
     assert everything["scores"]["transcribe"]["wer"] == pytest.approx((wrong + invented) / words)
 
-    line = evaluate.silence_line(found)
+    line = scores.silence_line(found)
     assert line in said
     assert line in (tmp_path / "index.html").read_text()
     assert said.splitlines()[0].split()[:4] == ["WER", "CER", "n", "fr"]

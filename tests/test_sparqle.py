@@ -14,11 +14,11 @@ from sparqle_jax import SparQLe, audio, export, import_published, pretrained
 from sparqle_jax.__main__ import COMMANDS
 from sparqle_jax.__main__ import main as command
 from sparqle_jax.data.dataset import DataSet
-from sparqle_jax.data.pipeline import TRANSCRIBE, instructions
 from sparqle_jax.demo.__main__ import MODELS
 from sparqle_jax.demo.speech import Voice, synthesise
 from sparqle_jax.sharding import make_mesh
 from sparqle_jax.sparqle import MINIATURE, Segment, Transcript, merge_overlap, with_speech
+from sparqle_jax.tasks import TRANSCRIBE, instructions
 
 RATE = audio.SAMPLE_RATE
 SILENCE = np.zeros(round(0.4 * RATE), np.int16)

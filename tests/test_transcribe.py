@@ -12,7 +12,7 @@ import pytest
 import soundfile
 import soxr
 
-from sparqle_jax import audio, evaluate, transcribe
+from sparqle_jax import audio, scores, transcribe
 from sparqle_jax.demo import say
 from sparqle_jax.demo.speech import Voice, synthesise
 from sparqle_jax.sparqle import Segment, Transcript
@@ -37,7 +37,7 @@ def test_it_translates_what_it_was_never_taught_to_translate(spoken, capsys):
     assert transcribe.main([str(spoken), "--translate", "German"]) == 0
     answer = capsys.readouterr().out.strip()
     right = "der zug nach wien fährt um sieben uhr fünfunddreißig"
-    assert evaluate.score("de", [right], [answer])["chrf"] > 60
+    assert scores.score("de", [right], [answer])["chrf"] > 60
 
 
 def test_any_rate_and_channels_are_heard_the_same(spoken, tmp_path, capsys):

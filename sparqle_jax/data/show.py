@@ -21,8 +21,8 @@ from matplotlib.figure import Figure
 from sparqle_jax import prompts
 from sparqle_jax.audio import SAMPLE_RATE
 from sparqle_jax.data.dataset import DataSet
-from sparqle_jax.data.pipeline import TRANSCRIBE
 from sparqle_jax.data.plan import BatchPlan, choose_buckets
+from sparqle_jax.tasks import TRANSCRIBE
 
 CHUNK = 1000  # texts that are tokenised at once
 

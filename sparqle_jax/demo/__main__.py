@@ -19,12 +19,13 @@ from sparqle_jax import audio, loop, train
 from sparqle_jax.checkpoint import CheckpointError
 from sparqle_jax.config import Config, read_config
 from sparqle_jax.data.dataset import CorruptRecord, DataSet, Utterance
-from sparqle_jax.data.pipeline import TRANSCRIBE
 from sparqle_jax.demo import grammar
 from sparqle_jax.demo.page import write_page
 from sparqle_jax.demo.world import make_world
-from sparqle_jax.evaluate import evaluate, table
+from sparqle_jax.evaluate import evaluate
+from sparqle_jax.scores import table
 from sparqle_jax.sparqle import SparQLe
+from sparqle_jax.tasks import TRANSCRIBE
 
 MODELS = Path(__file__).parent / "models"
 CONFIG = Path(__file__).parents[2] / "configs" / "tiny.py"

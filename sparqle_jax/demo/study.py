@@ -15,9 +15,9 @@ from typing import Any
 
 from sparqle_jax import loop, train
 from sparqle_jax.config import read_config
-from sparqle_jax.data.pipeline import TRANSCRIBE
 from sparqle_jax.demo.__main__ import CONFIG, LANGUAGES, MODELS, SETS
 from sparqle_jax.demo.world import make_world
+from sparqle_jax.tasks import TRANSCRIBE
 
 TASKS = json.dumps({TRANSCRIBE: 0.4, **dict.fromkeys(LANGUAGES, 0.2)})
 SHORT = ("stage1.steps=200", "stage2.steps=500", "stage2.batch_size=16")
