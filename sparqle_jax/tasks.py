@@ -1,22 +1,25 @@
 """Tasks: a transcript, or a translation, named by its language's code; instructions and right answers."""
 
 from collections.abc import Iterable
+from typing import TYPE_CHECKING
 
 import numpy as np
 from babel import Locale, UnknownLocaleError
 
 from sparqle_jax import prompts
-from sparqle_jax.data.dataset import DataSet, Utterance
+
+if TYPE_CHECKING:  # who only asks a model needs no data sets
+    from sparqle_jax.data.dataset import DataSet, Utterance
 
 TRANSCRIBE = "transcribe"
 
 
-def have_any(data_set: DataSet, tasks: Iterable[str]) -> np.ndarray:
+def have_any(data_set: "DataSet", tasks: Iterable[str]) -> np.ndarray:
     """bool [N]: which utterances of a data set have an answer to any of the tasks."""
     return np.any([data_set.has(task) for task in tasks], axis=0)
 
 
-def check_tasks(data_set: DataSet, tasks: Iterable[str]) -> None:
+def check_tasks(data_set: "DataSet", tasks: Iterable[str]) -> None:
     """Raises ValueError for a task that is no language, or to which no utterance here has an answer."""
     for task in tasks:
         instructions(task)
@@ -45,11 +48,11 @@ def language_name(language: str) -> str:
         raise ValueError(f"{language!r} is neither a language's name nor its code (German, de).") from error
 
 
-def has_answer(utterance: Utterance, task: str) -> bool:
+def has_answer(utterance: "Utterance", task: str) -> bool:
     """Whether there is a right answer to a task: an empty one, to "transcribe", where nobody speaks."""
     return task == TRANSCRIBE or task in utterance.translations
 
 
-def answer_of(utterance: Utterance, task: str) -> str:
+def answer_of(utterance: "Utterance", task: str) -> str:
     """The right answer to a task that the utterance has."""
     return utterance.text if task == TRANSCRIBE else utterance.translations[task]
