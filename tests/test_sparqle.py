@@ -3,12 +3,14 @@
 import itertools
 import json
 import shutil
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 import soundfile
+from safetensors.numpy import load_file
 
 from sparqle_jax import SparQLe, audio, export, import_published, pretrained
 from sparqle_jax.__main__ import COMMANDS
@@ -360,3 +362,18 @@ def test_old_names_are_refused_with_the_new_ones(sparqle):
         _ = Transcript(()).pieces
     assert not hasattr(sparqle, "another")
     assert sparqle.config.speech_pad == 0.0  # in its file, "margin"
+
+
+def test_a_model_folder_of_version_0_1_still_loads(tmp_path):
+    """Written by the version before the parts, with its numbers: published names, and `margin`."""
+    folder = Path(__file__).parent / "golden" / "model_folder_0.1"
+    old = SparQLe.from_pretrained(folder, encoder=MODELS / "hubert", llm=MODELS / "llm")
+    numbers = load_file(folder / "expected.safetensors")
+    speech, mask = old.model.embed_speech(old.encode([numbers["waveform"]]))
+    np.testing.assert_allclose(speech, numbers["speech"], atol=1e-4)
+    assert np.asarray(mask).all()
+    assert old.config.speech_pad == 0.0
+    old.save_pretrained(tmp_path / "new")  # in the names of today
+    assert "speech_pad" in (tmp_path / "new" / "config.json").read_text()
+    new = SparQLe.from_pretrained(tmp_path / "new")
+    np.testing.assert_array_equal(new.model.embed_speech(new.encode([numbers["waveform"]]))[0], speech)
