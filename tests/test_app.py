@@ -83,8 +83,8 @@ def test_attention_is_not_drawn_for_hours(sparqle, spoken, monkeypatch):
 
 def test_sampling_differs_from_time_to_time(sparqle, spoken):
     sliders = (1, 2, 1, 1, 0, 16)
-    answers = {respond(sparqle, spoken["one"], sliders=sliders)[-1][1] for _ in range(3)}
-    assert len(answers) > 1
+    answers = {respond(sparqle, spoken["one"], sliders=sliders)[-1][1] for _ in range(10)}
+    assert len(answers) > 1  # about half of the draws are the sentence itself
 
 
 @pytest.mark.parametrize(

@@ -39,9 +39,9 @@ def test_the_demo_leaves_its_page_and_numbers(small_world, tmp_path, capsys):
     content = json.loads(re.search(r'type="application/json">(.*?)</script>', page, re.DOTALL)[1])
     assert len(content["utterances"]) == 12
     card = content["utterances"][0]
-    weights = np.frombuffer(base64.b64decode(card["listening"]["weights"]), np.uint8)
-    assert weights.size == card["listening"]["queries"] * card["listening"]["frames"]
-    assert card["listening"]["frames"] == pytest.approx(card["seconds"] * 50, abs=2)
+    weights = np.frombuffer(base64.b64decode(card["attention"]["weights"]), np.uint8)
+    assert weights.size == card["attention"]["queries"] * card["attention"]["frames"]
+    assert card["attention"]["frames"] == pytest.approx(card["seconds"] * 50, abs=2)
     assert base64.b64decode(card["audio"].split(",")[1])[:4] == b"RIFF"
     assert [c["name"] for c in content["curves"]] == ["yours", "shipped"]
     assert not re.findall(r'(?:src|href)="https?:', page)  # it works without a network
@@ -63,6 +63,7 @@ def test_the_demo_leaves_its_page_and_numbers(small_world, tmp_path, capsys):
     assert again == results  # the same seed, the same numbers
 
 
+@pytest.mark.slow
 def test_from_scratch_to_a_package_of_its_own(small_world, tmp_path, monkeypatch):
     def shrink(module, *arguments: str) -> None:
         main = module.main
@@ -108,6 +109,7 @@ def test_from_scratch_to_a_package_of_its_own(small_world, tmp_path, monkeypatch
     assert stage1.adapter.vocab_size is not None
 
 
+@pytest.mark.slow
 def test_a_study_trains_variants_and_collects_their_scores(small_world, tmp_path, capsys):
     assert study.main([]) == 0
     listed = capsys.readouterr().out

@@ -265,6 +265,7 @@ class TestRematerialisation:
         assert flops.count(trace(sparqle, stage2_batch()).jaxpr).rematerialised == head // 2
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("stage", [1, 2])
 def test_xla_counts_the_same(stage, monkeypatch):
     """Without loops, which XLA counts once, and so wide that elementwise work is no matter."""

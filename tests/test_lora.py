@@ -343,6 +343,7 @@ def test_prefill_and_steps_give_what_a_whole_answer_gives():
         np.testing.assert_allclose(_stepwise(*nnx.split(model), prompt, answer), expected, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_a_mesh_of_eight_devices_gives_the_same(tmp_path):
     mesh = make_mesh((2, 2, 2))
     model, batch = make_model(ALL), stage2_batch(np.random.default_rng(0), 4)

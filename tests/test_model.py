@@ -176,6 +176,7 @@ class TestPartition:
             partition(model)
 
 
+@pytest.mark.slow
 def test_sharded_equals_one_device(aligner, sparqle):
     """With the batch split over 8 devices and the parameters over 4: both losses, and stage 2's gradients."""
     mesh = make_mesh((2, 4, 1))

@@ -83,6 +83,7 @@ def test_the_demo_hears_and_draws(execute, tmp_path):
     assert "my sister has twelve apples" in subtitles
 
 
+@pytest.mark.slow
 def test_fine_tuning_halves_the_errors(execute, tmp_path):
     printed, _ = execute("colab_finetune.ipynb")
     before, after = (wer(tmp_path / "finetune" / name) for name in ("before", "after"))

@@ -351,6 +351,7 @@ def make_batch(size: int = 8) -> dict[str, np.ndarray]:
     return batch
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("family", "kind"), dict.fromkeys(PAIRS))
 def test_a_step_on_eight_devices_is_one_on_one(family, kind):
     batch = make_batch() | {SKIPPED: np.zeros(8, bool)}

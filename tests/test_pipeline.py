@@ -317,7 +317,7 @@ def test_an_utterance_without_any_of_the_tasks_is_not_used(sparse, tokenizer):
     plan = BatchPlan(lengths, choose_buckets(lengths[used], 1), 2, seed=0, used=used)
     assert plan.batches_per_epoch == 3
     prompter = prompts.Prompter(tokenizer, VOCAB_SIZE)
-    waveforms = pipeline.Waveforms(corpus, audio.FeatureExtractor(), 3.0)
+    waveforms = pipeline.Waveforms(corpus, 3.0)
     examples = pipeline.InstructionExamples(corpus, waveforms, prompter, VOCAB_SIZE, [tasks], plan)
     for batch in map(plan.batch, range(9)):
         examples.rows(batch, range(2), seed=0)
@@ -353,7 +353,7 @@ class Holed(Corpus):
 def test_corrupt_records_are_replaced_alike_on_any_number_of_hosts(num_hosts, stage, small_world, tokenizer):
     corpus = Holed([DataSet(small_world / "train")])
     plan = BatchPlan(corpus.num_samples, choose_buckets(corpus.num_samples, 1), 8, seed=0)
-    waveforms = pipeline.Waveforms(corpus, audio.FeatureExtractor(), 3.0)
+    waveforms = pipeline.Waveforms(corpus, 3.0)
     if stage == 1:
         tokenizer = AutoTokenizer.from_pretrained("sparqle_jax/demo/models/words")
         examples = pipeline.AlignmentExamples(corpus, waveforms, tokenizer, 1000, plan, skip_corrupt=True)

@@ -162,6 +162,7 @@ def steps_of(report: dict) -> list[StepPlan]:
     return [StepPlan(**{k: v for k, v in step.items() if k in names}) for step in report["steps"]]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("slice_", RUNS)
 def test_every_generation_of_chips_has_a_table_and_the_same_as_json(slice_, planned):
     made = planned(slice_)

@@ -80,6 +80,7 @@ def test_a_first_look(monkeypatch, capsys):
     assert len(tokens) == 10
 
 
+@pytest.mark.slow
 def test_a_training_step(folders):
     names = run(BLOCKS[3], _768="32")
     before = jax.tree.leaves(names["partition"](names["aligner"])[1])

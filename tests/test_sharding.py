@@ -129,6 +129,7 @@ def assert_near(actual: np.ndarray, expected: np.ndarray, name: str) -> None:
     np.testing.assert_allclose(actual, expected, rtol=0, atol=1e-5 * np.abs(expected).max(), err_msg=name)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("stage", MODELS)
 @pytest.mark.parametrize("shape", MESHES)
 def test_a_step_is_the_same_on_every_mesh(stage, shape, on_one):

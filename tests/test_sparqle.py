@@ -64,6 +64,7 @@ def test_a_prompt_of_ones_own_is_the_same_as_the_command_it_repeats(sparqle, wav
     assert with_speech("How many?") == "<Speech><SpeechHere></Speech> How many?"
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:.*answers have no end")
 def test_batches_give_what_single_recordings_give(sparqle, waveforms):
     """32 recordings of 1 to 30 s, which is more than the miniature has learned: what it says is compared."""

@@ -113,6 +113,7 @@ def test_the_adapter_left_is_the_one_trained(whole):
     assert sparqle.model.adapter.config.num_queries == SIZES["num_queries"]
 
 
+@pytest.mark.slow
 def test_stopped_and_killed_it_ends_with_the_same_numbers(whole, small_world, tmp_path, monkeypatch):
     run = tmp_path / "stopped"
     write = metrics_module.Log._write
@@ -192,6 +193,7 @@ def test_other_data_under_the_same_name_do_not_go_on(whole, small_world, tmp_pat
     assert "holds another run: data is" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_a_mixture_in_buckets_compiles_a_step_for_each(small_world, tmp_path, capsys, monkeypatch):
     one = make_mesh((1, 1, 1), jax.devices()[:1])
     monkeypatch.setattr(train, "make_mesh", lambda sizes: one)
