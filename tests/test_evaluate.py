@@ -305,9 +305,9 @@ def test_a_score_that_is_not_there_has_a_dash_and_references_are_counted_where_s
 
 def test_words_where_nobody_speaks_are_insertions():
     # 4 words, 1 substituted; and 3 that nobody said.
-    scores = score("transcribe", ["a b c d", "", ""], ["a x c d", "y y y", ""])
-    assert scores["wer"] == pytest.approx((1 + 3) / 4)
-    assert scores["exact"] == pytest.approx(1 / 3)
+    found = score("transcribe", ["a b c d", "", ""], ["a x c d", "y y y", ""])
+    assert found["wer"] == pytest.approx((1 + 3) / 4)
+    assert found["exact"] == pytest.approx(1 / 3)
     found = scores.without_speech(["Thank you!", "", "...", "Bye."], 90.0, normalizer="basic")
     assert found == {
         "utterances": 4,

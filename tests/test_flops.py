@@ -214,6 +214,7 @@ class TestAnalytic:
         assert sparqle.flops(batch)["encoder"] == 0
         assert_same(sparqle, batch)
 
+    @pytest.mark.slow
     def test_other_kinds_of_towers(self):
         """Other convolutions, cross-attention in the last layer, heads whose sizes divide no width."""
 

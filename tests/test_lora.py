@@ -177,6 +177,7 @@ def test_bfloat16_towers_have_float32_lora():
     np.testing.assert_allclose(states(llm), states(merged), atol=0.1)  # states are about 1
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("remat", [None, "dots", "full"])
 def test_nothing_but_adapter_projection_and_lora_trains(remat):
     model = make_model(ALL, remat=remat)

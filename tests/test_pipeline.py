@@ -11,7 +11,8 @@ import pytest
 import soundfile
 from transformers import AutoTokenizer
 
-from sparqle_jax import audio, prompts, tasks
+from sparqle_jax import audio, prompts
+from sparqle_jax import tasks as tasks_module
 from sparqle_jax.data import pipeline
 from sparqle_jax.data.builder import Limits, prepare
 from sparqle_jax.data.dataset import Corpus, CorruptRecord, DataSet
@@ -291,7 +292,7 @@ def test_an_utterance_draws_a_task_that_it_has(sparse, tokenizer):
     """Transcripts and German by their weights where both are there; nothing is asked that has no answer."""
     corpus = Corpus([sparse])
     tasks = {"transcribe": 1.0, "de": 3.0}
-    assert tasks.have_any(sparse, tasks).all()
+    assert tasks_module.have_any(sparse, tasks).all()
     plan, examples = make_examples(corpus, tokenizer, tasks)
     drawn: dict[bool, list[bool]] = {True: [], False: []}
     for number in range(20 * plan.batches_per_epoch):
@@ -311,7 +312,7 @@ def test_an_utterance_draws_a_task_that_it_has(sparse, tokenizer):
 
 def test_an_utterance_without_any_of_the_tasks_is_not_used(sparse, tokenizer):
     corpus, tasks = Corpus([sparse]), {"es": 1.0, "de": 1.0}
-    used = tasks.have_any(sparse, tasks)
+    used = tasks_module.have_any(sparse, tasks)
     assert np.flatnonzero(used).tolist() == [0, 4, 8, 12, 16, 20]
     lengths = corpus.num_samples
     plan = BatchPlan(lengths, choose_buckets(lengths[used], 1), 2, seed=0, used=used)
@@ -401,9 +402,9 @@ def test_a_task_without_answers_is_named(corpus, tokenizer):
 
 
 def test_languages_go_by_name_or_code():
-    assert tasks.language_name("de") == tasks.language_name("german") == "German"
-    assert tasks.language_name("ga") == "Irish"
-    assert "Portuguese" in tasks.language_name("pt-BR")
-    assert "into German" in tasks.instructions("de")[0]
+    assert tasks_module.language_name("de") == tasks_module.language_name("german") == "German"
+    assert tasks_module.language_name("ga") == "Irish"
+    assert "Portuguese" in tasks_module.language_name("pt-BR")
+    assert "into German" in tasks_module.instructions("de")[0]
     with pytest.raises(ValueError, match="neither a language's name nor its code"):
-        tasks.language_name("klingonish")
+        tasks_module.language_name("klingonish")

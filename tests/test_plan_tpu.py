@@ -263,6 +263,7 @@ def test_nothing_but_gradients_travels_between_slices(planned):
     assert steps_of(planned("v5e-4").report)[1].dcn_time == 0
 
 
+@pytest.mark.slow
 def test_a_step_that_does_not_fit_and_the_nearest_that_does(config):
     """Of parameters that are whole on every chip there are too many; split over four, they fit."""
     changes = ["llm=large", "mesh.data=4", "mesh.fsdp=1", "stage2.batch_size=4", "data.batch_multiple=4"]

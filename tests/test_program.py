@@ -411,6 +411,7 @@ class TestFrozenGradients:
         text = jax.jit(step).lower(trained, frozen, batch).compile().as_text()
         return frozen_gradients(text, weight_shapes(frozen), weight_shapes(trained))
 
+    @pytest.mark.slow
     def test_there_are_none(self, aligner, sparqle):
         rng = np.random.default_rng(0)
         assert self.program(aligner, stage1_batch(rng, 5)) == []

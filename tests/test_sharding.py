@@ -140,6 +140,7 @@ def test_a_step_is_the_same_on_every_mesh(stage, shape, on_one):
     assert kernel.sharding.shard_shape(kernel.shape)[1:] == (16 // shape[1], 32 // shape[2])
 
 
+@pytest.mark.slow
 def test_accumulated_gradients_are_those_of_the_whole_batch():
     """Without dropout, which draws other numbers in parts; parts have other numbers of tokens."""
     qformer = QFORMER.model_copy(update=dict(hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0))
