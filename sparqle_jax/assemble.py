@@ -129,6 +129,7 @@ def parts_of(config: Config, vocab_size: int | None = None) -> Parts:
             f"init_from={start} has LoRA of other sizes ({saved.lora!r}) than stage2.lora: leave that out "
             "(--set stage2.lora=null), or make it the same."
         )
+    saved = saved.model_copy(update={"encoder": _agreed(config.encoder.options, saved.encoder, start)})
     if config.adapter is None:
         return saved
     ours, theirs = config.adapter.model_dump(), saved.adapter.model_dump()
@@ -143,6 +144,23 @@ def parts_of(config: Config, vocab_size: int | None = None) -> Parts:
             "Leave adapter out (--set adapter=null), or begin from nothing (--set init_from=null)."
         )
     return saved.model_copy(update={"adapter": config.adapter})
+
+
+def _agreed(asked: EncoderOptions, there: EncoderOptions, start: Path) -> EncoderOptions:
+    """The options of an encoder with which the file to start from was made, and those that it does not say.
+
+    Raises ValueError where others are asked for.
+    """
+    defaults, chosen = EncoderOptions(), {}
+    for name, given in asked:
+        found = getattr(there, name)
+        if given != getattr(defaults, name) and found not in (None, given):
+            raise ValueError(
+                f"encoder.{name}={given!r}, but init_from={start} was trained with {found!r}: leave it "
+                "out, or begin from nothing (--set init_from=null)."
+            )
+        chosen[name] = given if found is None else found
+    return EncoderOptions(**chosen)
 
 
 def stage1_settings(config: Config) -> dict[str, Any]:
@@ -273,9 +291,10 @@ def load_speech_llm(
     stage 1, which has no projection to the LLM: it is new then.
     Raises FileNotFoundError and ValueError, listing all that does not fit.
     """
-    parts = read_parts(file)
+    parts = parts or read_parts(file)
     if PARTS not in read_metadata(file):
-        return published.load_speech_llm(file, encoder, llm, compat=compat, dtype=dtype, mesh=mesh, rngs=rngs)
+        options: dict[str, Any] = dict(compat=compat, dtype=dtype, mesh=mesh, rngs=rngs)
+        return published.load_speech_llm(file, encoder, llm, **options, **parts.adapter.model_dump())
     if parts.embed_dim is not None:
         if rngs is None:
             raise ValueError(f"{file} is of stage 1, and has no projection to an LLM: train stage 2 from it.")
@@ -304,8 +323,8 @@ def load_aligner(
             f"{file} is of stage 2, which has no text half: leave stage 1 out (--set stage1=null)."
         )
     if PARTS not in read_metadata(file):
-        sizes = parts.adapter.model_dump()
-        aligner = published.load_aligner(file, encoder, dtype=dtype, mesh=mesh, **sizes)
+        towers: dict[str, Any] = dict(dtype=dtype, mesh=mesh)
+        aligner = published.load_aligner(file, encoder, **towers, **parts.adapter.model_dump())
         return Aligner(encoder, aligner.adapter, aligner.heads, **options)
     new = make_aligner(encoder, parts, dtype=dtype, rngs=nnx.Rngs(0), **options)
     return _restored(new, file, mesh)

@@ -101,7 +101,7 @@ class Evaluation:
         batches = []
         for same in dict.fromkeys(having.tolist()):
             some = order[having == same]
-            long = 0 if self.from_text else int((lengths[some] > self._at_once).sum())
+            long = 0 if self.from_text else int((lengths[some] > self.sparqle.max_samples).sum())
             for part in (some[:long].tolist(), some[long:].tolist()):
                 batches += [part[i : i + size] for i in range(0, len(part), size)]
         return batches
@@ -131,10 +131,6 @@ class Evaluation:
                 yield batch, self._answer(batch)
                 progress.update(round(seconds[batch].sum(), 1))
 
-    @property
-    def _at_once(self) -> int:
-        return round(self.sparqle.config.max_seconds * SAMPLE_RATE)
-
     def _answer(self, batch: list[int]) -> dict[str, list[str]]:
         sparqle, config = self.sparqle, self.sparqle.generation_config(**self.settings)
         utterances = [self.data_set[index] for index in batch]
@@ -142,7 +138,7 @@ class Evaluation:
         if self.from_text:
             texts = [utterance.text for utterance in utterances]
             return {task: sparqle.answer_text(texts, asked[task], config) for task in asked}
-        if self.data_set.num_samples[batch].max() > self._at_once:
+        if self.data_set.num_samples[batch].max() > self.sparqle.max_samples:
             return {task: self._listen(batch, asked[task]) for task in asked}
         waveforms = self._heard(batch)
         answers = {task: [""] * len(batch) for task in asked}
@@ -158,7 +154,7 @@ class Evaluation:
         """The recordings of a batch; None for silence in which nobody speaks."""
         waveforms: list[np.ndarray | None] = [self.data_set.waveform(index) for index in batch]
         for place, (index, waveform) in enumerate(zip(batch, waveforms, strict=True)):
-            if len(waveform) <= self._at_once:
+            if len(waveform) <= self.sparqle.max_samples:
                 try:
                     self.sparqle.check(waveform)
                 except UnusableAudio as error:

@@ -319,7 +319,7 @@ class SparQLe:
         """The parts of a recording that are answered at once. Raises UnusableAudio and FileNotFoundError."""
         yield from audio.cut(
             _blocks(recording),
-            self._max_samples,
+            self.max_samples,
             speech_pad=self.config.speech_pad,
             min_samples=self._min_samples,
         )
@@ -337,15 +337,22 @@ class SparQLe:
         return GenerationConfig(**{**ours, **self.config.generation, **given})
 
     @property
+    def max_samples(self) -> int:
+        """The longest waveform that is heard at once, in samples."""
+        window = self.model.encoder.config.max_samples
+        most = round(self.config.max_seconds * audio.SAMPLE_RATE)
+        return most if window is None else min(most, window)
+
+    @property
     def max_speech_tokens(self) -> int:
         """The most tokens that the LLM reads in place of speech."""
-        frames = self.model.encoder.config.num_frames(self._max_samples)
+        frames = self.model.encoder.config.num_frames(self.max_samples)
         return self.model.adapter.config.num_tokens(frames)
 
     def check(self, waveform: np.ndarray) -> None:
         """Raises UnusableAudio, saying what is the matter, for a waveform float [S] in which no speech can be
         heard, or more than at once."""
-        audio.check(waveform, min_samples=self._min_samples, max_samples=self._max_samples)
+        audio.check(waveform, min_samples=self._min_samples, max_samples=self.max_samples)
 
     def encode(self, waveforms: Sequence[np.ndarray]) -> dict[str, jax.Array]:
         """frames [B, T, D] and frames_mask bool [B, T] of waveforms float [S] at 16 kHz that pass `check`.
@@ -410,14 +417,8 @@ class SparQLe:
         return min_samples(self.model.encoder.config, self.model.adapter.config)
 
     @property
-    def _max_samples(self) -> int:
-        window = self.model.encoder.config.max_samples
-        most = round(self.config.max_seconds * audio.SAMPLE_RATE)
-        return most if window is None else min(most, window)
-
-    @property
     def _lengths(self) -> list[int]:
-        return [-(-self._max_samples * (i + 1) // LENGTHS) for i in range(LENGTHS)]
+        return [-(-self.max_samples * (i + 1) // LENGTHS) for i in range(LENGTHS)]
 
     def _all(self, recordings: Any, instruction: str, options: dict[str, Any]) -> Any:
         if _is_one(recordings):

@@ -42,18 +42,15 @@ from sparqle_jax.loop import HostFailed, Stopped
 from sparqle_jax.metrics import Validation
 from sparqle_jax.model import SpeechLLM, min_samples, partition
 from sparqle_jax.scores import silence_line, table, without_speech
-from sparqle_jax.sharding import (
-    batch_parts,
-    make_mesh,
-)
+from sparqle_jax.sharding import batch_parts, make_mesh
 from sparqle_jax.sparqle import ModelConfig, SparQLe, Tower
 from sparqle_jax.tasks import TRANSCRIBE, check_tasks, have_any
 
 IDENTITY = "identity.json"  # in the run's folder: what must be the same when it goes on
 # Keys of the configuration that may be others when a run goes on; of folders, their contents are compared.
 FREE = (
-    r"run|speech_pad|mesh\..*|encoder\.folder|llm|init_from|stage1\.tokenizer|data\.workers|data\.frames|data\.test\..*"
-    r"|data\.train\..*\.folder|stage\d\.(save_every|keep|log_every)"
+    r"run|speech_pad|mesh\..*|encoder\.folder|llm|init_from|stage1\.tokenizer|data\.workers|data\.frames"
+    r"|data\.valid\..*|data\.train\..*\.folder|stage\d\.(save_every|keep|log_every)"
 )
 FAILED = 3  # the exit status when it is no use to try again
 

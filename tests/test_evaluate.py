@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import soundfile
 
-from sparqle_jax import evaluate, evaluation_page, scores
+from sparqle_jax import encoders, evaluate, evaluation_page, scores
 from sparqle_jax.data import prepare
 from sparqle_jax.data.dataset import DataSet
 from sparqle_jax.evaluation_page import differences, histogram
@@ -293,6 +293,16 @@ def test_what_is_longer_than_the_model_hears_at_once_is_heard_in_windows(small_w
     expected = SparQLe.from_pretrained().transcribe((both, 16_000)).text
     assert len(expected.split()) > 5
     assert long["transcribe"]["answer"] == expected
+
+
+def test_the_encoders_own_window_is_kept_to(small_world, tmp_path, monkeypatch):
+    spoken = DataSet(small_world / "heard")
+    data = prepared(tmp_path, long=np.concatenate([spoken.waveform(0), spoken.waveform(1)]))
+    window = len(spoken.waveform(0)) + 8_000  # shorter than the model's max_seconds
+    monkeypatch.setattr(encoders.FAMILIES["hubert"].Config, "max_samples", window)
+    sparqle = SparQLe.from_pretrained()
+    _, (answers,) = evaluate.evaluate(sparqle, DataSet(data))
+    assert answers["transcribe"] == sparqle.transcribe((DataSet(data).waveform(0), 16_000)).text
 
 
 def test_a_score_that_is_not_there_has_a_dash_and_references_are_counted_where_some_lack():

@@ -15,10 +15,11 @@ from flax import nnx
 
 import sparqle_jax
 from sparqle_jax import adapters, assemble, encoders, flops, llms, tables
-from sparqle_jax.config import OptimConfig
+from sparqle_jax.config import Config, DataConfig, EncoderConfig, OptimConfig, Stage2Config
 from sparqle_jax.data.pipeline import SKIPPED
 from sparqle_jax.encoders.layer_mix import LayerMix
 from sparqle_jax.model import SpeechLLM, min_samples, partition
+from sparqle_jax.published import sparqle as published
 from sparqle_jax.sharding import batch_sharding, make_mesh, state_sharding
 from sparqle_jax.step import TrainState, make_optimizer, make_update, state_shardings
 from sparqle_jax.tensors import Tensor
@@ -387,6 +388,41 @@ def test_what_trains_is_saved_and_comes_back(family, kind, tmp_path):
     assert before.keys() == after.keys()
     for path, variable in before.items():
         np.testing.assert_array_equal(variable.get_value(), after[path].get_value(), str(path))
+
+
+def a_run(start: Path, **options) -> Config:
+    """The configuration of a stage 2 that starts from a file, with another dropout than the file's."""
+    adapter = ADAPTERS["qformer"].model_copy(update={"hidden_dropout_prob": 0.3})
+    encoder = EncoderConfig(folder=Path("encoder"), **options)
+    stage = Stage2Config(steps=1, batch_size=1)
+    towers = dict(encoder=encoder, llm=Path("llm"), data=DataConfig(train="data"), stage2=stage)
+    return Config(run="run", **towers, adapter=adapter, init_from=start)
+
+
+@pytest.mark.parametrize("save", [assemble.save, published.save])
+@pytest.mark.parametrize("stage", [1, 2])
+def test_a_run_that_starts_from_a_file_has_its_own_dropout(stage, save, tmp_path):
+    saved = model = make_model("hubert", "qformer")
+    file = tmp_path / "adapter.safetensors"
+    if stage == 1:
+        parts = assemble.Parts(adapter=ADAPTERS["qformer"], vocab_size=40, embed_dim=8)
+        saved = assemble.make_aligner(model.encoder, parts, dtype=jnp.float32, rngs=nnx.Rngs(1))
+    save(saved, file)
+    started = assemble.new_speech_llm(a_run(file), model.encoder, model.llm, None, nnx.Rngs(0))
+    assert started.adapter.config == a_run(file).adapter
+    queries, given = (np.asarray(m.adapter.query_tokens[...]) for m in (started, saved))
+    np.testing.assert_array_equal(queries, given)
+
+
+def test_a_run_hears_as_the_file_does_from_which_it_starts(tmp_path):
+    model, file = make_model("hubert", "qformer"), tmp_path / "adapter.safetensors"
+    model.encoder = LayerMix(model.encoder, rngs=nnx.Rngs(0))
+    assemble.save(model, file)
+    assert assemble.parts_of(a_run(file)).encoder.layer_mix
+    assert not assemble.parts_of(a_run(file, pad_to_window=False)).encoder.pad_to_window
+    assemble.save(make_model("hubert", "qformer"), file)
+    with pytest.raises(ValueError, match=r"encoder.layer_mix=True, but init_from=.* was trained with False"):
+        assemble.parts_of(a_run(file, layer_mix=True))
 
 
 @pytest.mark.parametrize(("family", "kind"), dict.fromkeys(PAIRS))

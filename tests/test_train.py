@@ -165,7 +165,8 @@ def test_a_run_goes_on_with_towers_elsewhere_but_not_with_others(whole, small_wo
     run, llm = tmp_path / "run", tmp_path / "llm"
     shutil.copytree(whole, run)
     shutil.copytree(MODELS / "llm", llm)
-    assert train.main(arguments(run, small_world, f"llm={llm}")) == 0
+    elsewhere = [f"llm={llm}", "data.valid=" + json.dumps({"other": str(small_world / "heard")})]
+    assert train.main(arguments(run, small_world, *elsewhere)) == 0
     weights = load_file(llm / "model.safetensors")
     weights["model.norm.weight"][3] += 1e-3
     save_file(weights, llm / "model.safetensors", {"format": "pt"})

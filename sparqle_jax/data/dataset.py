@@ -130,7 +130,7 @@ class DataSet(Sequence[Utterance]):
         return pyarrow.compute.not_equal(self._index["text"], "").to_numpy()
 
     def has(self, task: str) -> np.ndarray:
-        """bool [N]: which of the utterances have a right answer to a task: see `answer_of` in pipeline.py."""
+        """bool [N]: which of the utterances have a right answer to a task: see `answer_of` in tasks.py."""
         return self._answers(task).is_valid().to_numpy()
 
     def texts(self, task: str) -> Iterable[str]:
