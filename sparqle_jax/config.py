@@ -17,7 +17,6 @@ from etils import epath
 from sparqle_jax import adapters
 from sparqle_jax.llms.lora import Config as LoraConfig
 
-Positive = Annotated[int, pydantic.Field(ge=1)]
 Share = Annotated[float, pydantic.Field(ge=0, lt=1)]
 # How often each is drawn, by weight: "transcribe", or a language's code for translation into it.
 Tasks = Annotated[dict[str, Annotated[float, pydantic.Field(gt=0)]], pydantic.Field(min_length=1)]
@@ -86,14 +85,14 @@ class StageConfig(Model):
     stay in memory.
     """
 
-    steps: Positive
-    batch_size: Positive
-    accumulate: Positive = 1
+    steps: pydantic.PositiveInt
+    batch_size: pydantic.PositiveInt
+    accumulate: pydantic.PositiveInt = 1
     optim: OptimConfig = OptimConfig()
-    save_every: Positive = 1000
-    keep: Positive = 2
-    log_every: Positive = 10
-    eval_every: Positive | None = None
+    save_every: pydantic.PositiveInt = 1000
+    keep: pydantic.PositiveInt = 2
+    log_every: pydantic.PositiveInt = 10
+    eval_every: pydantic.PositiveInt | None = None
     evaluate: bool = True  # on data.valid, when the stage ends
 
     @property
@@ -119,7 +118,7 @@ class Stage1Config(StageConfig):
     """
 
     tokenizer: Path
-    embed_dim: Positive = 256
+    embed_dim: pydantic.PositiveInt = 256
     losses: Annotated[tuple[Literal["stc", "stm", "stg"], ...], pydantic.Field(min_length=1)] = (
         "stc",
         "stm",
@@ -196,9 +195,9 @@ class DataConfig(Model):
     train: Annotated[dict[str, TrainSet], pydantic.Field(min_length=1)]
     valid: dict[str, str] = {}
     max_seconds: Annotated[float, pydantic.Field(gt=0)] = 30.0
-    buckets: Positive | Annotated[tuple[float, ...], pydantic.Field(min_length=1)] = 8
-    batch_multiple: Positive = 1
-    max_text_tokens: Positive | None = None
+    buckets: pydantic.PositiveInt | Annotated[tuple[float, ...], pydantic.Field(min_length=1)] = 8
+    batch_multiple: pydantic.PositiveInt = 1
+    max_text_tokens: pydantic.PositiveInt | None = None
     workers: Annotated[int, pydantic.Field(ge=0)] = 0
     skip_corrupt: bool = False
     frames: Path | None = None
@@ -242,7 +241,7 @@ class Config(Model):
     stage1: Stage1Config | None = None
     stage2: Stage2Config | None = None
     eval_languages: tuple[str, ...] = ()
-    max_new_tokens: Positive = 256
+    max_new_tokens: pydantic.PositiveInt = 256
     speech_pad: Annotated[float, pydantic.Field(ge=0)] = 0.25
     dtype: Literal["float32", "bfloat16"] = "float32"  # of matrix products and of the frozen towers
     seed: Annotated[int, pydantic.Field(ge=0)] = 0
@@ -370,4 +369,4 @@ def _model_of(annotation: Any, values: Any) -> type[pydantic.BaseModel] | None:
 
 
 def _renamed(key: str) -> str | None:
-    return next((f"it is now {new}" for old, new in RENAMED.items() if key == old), None)
+    return f"it is now {RENAMED[key]}" if key in RENAMED else None

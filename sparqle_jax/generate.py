@@ -218,9 +218,8 @@ class _State:
     answers: _GreedyState | _BeamState
 
 
-_Outputs = tuple[
-    jax.Array, jax.Array, jax.Array
-]  # step int32 [], unfinished bool [B], the best answers int [B, L]
+# step int32 [], unfinished bool [B], the best answers int [B, L]
+_Outputs = tuple[jax.Array, jax.Array, jax.Array]
 
 
 def _outputs(state: _State) -> _Outputs:

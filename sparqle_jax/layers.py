@@ -203,7 +203,7 @@ def _cudnn_attention(query: jax.Array, key: jax.Array, value: jax.Array, mask: j
 
 
 class Attention(nnx.Module):
-    """Multi-head attention with biases, as in HuBERT and BERT.
+    """Multi-head attention with biases, as in HuBERT and BERT; Whisper's keys have none.
 
     Queries come from x [B, T, width], keys and values from `source` [B, C, source_width].
     """
@@ -215,6 +215,7 @@ class Attention(nnx.Module):
         source_width: int | None = None,
         *,
         dropout_rate: float = 0.0,
+        key_bias: bool = True,
         dtype: DTypeLike,
         param_dtype: DTypeLike,
         rngs: nnx.Rngs,
@@ -226,23 +227,24 @@ class Attention(nnx.Module):
         kwargs = dict(dtype=dtype, param_dtype=param_dtype, rngs=rngs)
         source_width = source_width or width
         self.query = linear(width, width, ("embed", "heads"), **kwargs)
-        self.key = linear(source_width, width, ("embed", "heads"), **kwargs)
+        self.key = linear(source_width, width, ("embed", "heads"), bias=key_bias, **kwargs)
         self.value = linear(source_width, width, ("embed", "heads"), **kwargs)
         self.out = linear(width, width, ("heads", "embed"), **kwargs)
         self.num_heads = num_heads
         self.dropout_rate = dropout_rate
 
-    def _split_heads(self, x: jax.Array) -> jax.Array:
+    def split_heads(self, x: jax.Array) -> jax.Array:
+        """[B, T, width] -> [B, T, N, H]."""
         # Sizes are written out: of an empty array, -1 can't be told.
-        return x.reshape(*x.shape[:-1], self.num_heads, x.shape[-1] // self.num_heads)  # [B, T, N, H]
+        return x.reshape(*x.shape[:-1], self.num_heads, x.shape[-1] // self.num_heads)
 
     def keys_values(self, source: jax.Array) -> tuple[jax.Array, jax.Array]:
         """source [B, C, source_width] -> keys and values, each [B, C, N, H]."""
-        return self._split_heads(self.key(source)), self._split_heads(self.value(source))
+        return self.split_heads(self.key(source)), self.split_heads(self.value(source))
 
     def weights(self, x: jax.Array, source: jax.Array, mask: jax.Array | None) -> jax.Array:
         """How much x [B, T, width] looks at each of source [B, C, source_width]: float32 [B, N, T, C]."""
-        query, key = self._split_heads(self.query(x)), self._split_heads(self.key(source))
+        query, key = self.split_heads(self.query(x)), self.split_heads(self.key(source))
         scores = jnp.einsum("BTNH,BCNH->BNTC", query, key, preferred_element_type=jnp.float32)
         scores *= query.shape[-1] ** -0.5
         return jax.nn.softmax(scores, where=mask if mask is None else jnp.broadcast_to(mask, scores.shape))
@@ -256,7 +258,7 @@ class Attention(nnx.Module):
     ) -> jax.Array:
         """x [B, T, width], keys and values [B, C, N, H], mask bool [B|1, 1, T|1, C] -> [B, T, width]."""
         out = attention(
-            self._split_heads(self.query(x)),
+            self.split_heads(self.query(x)),
             *keys_values,
             mask,
             dropout_rate=self.dropout_rate,

@@ -68,12 +68,8 @@ class Log:
         programs: list[Program],
         start: int,
     ):
-        self.file, self.stage, self.schedule, self.programs = (
-            folder / "metrics.jsonl",
-            stage,
-            schedule,
-            programs,
-        )
+        self.file, self.stage = folder / "metrics.jsonl", stage
+        self.schedule, self.programs = schedule, programs
         chip = chip_of(jax.devices()[0].device_kind)
         self.peak = None if chip is None else chip.peak / chip.devices * jax.device_count()
         # What a killed run wrote after its last checkpoint is done again; its last line may be half a line.

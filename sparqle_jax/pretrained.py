@@ -35,7 +35,7 @@ def load_encoder(
     what is no such folder, as `read_config` and `tables.load` do.
     """
     part, config = encoder_config(folder, **options)
-    return make_encoder(part, config, open_checkpoint(folder), str(folder), dtype, mesh, remat)
+    return make_tower(part, config, open_checkpoint(folder), str(folder), dtype, mesh, remat)
 
 
 def load_llm(
@@ -48,7 +48,7 @@ def load_llm(
     """A language model of llms.FAMILIES from a transformers folder; parameters in `dtype`. Raises as
     `load_encoder` does."""
     part, config = llm_config(folder)
-    return make_llm(part, config, open_checkpoint(folder), str(folder), dtype, mesh, remat)
+    return make_tower(part, config, open_checkpoint(folder), str(folder), dtype, mesh, remat)
 
 
 def encoder_config(folder: str | Path, **options) -> tuple[ModuleType, Any]:
@@ -82,7 +82,7 @@ def llm_config(folder: str | Path) -> tuple[ModuleType, Any]:
     return part, part.Config.from_dict(values)
 
 
-def make_encoder(
+def make_tower(
     part: ModuleType,
     config: Any,
     tensors: dict[str, Tensor],
@@ -91,27 +91,11 @@ def make_encoder(
     mesh: Mesh | None,
     remat: str | None = None,
 ) -> nnx.Module:
-    """An encoder filled with a checkpoint's tensors. name: what to call that in errors."""
+    """An encoder or LLM filled with a checkpoint's tensors. name: what to call that in errors."""
+    kind = part.Encoder if hasattr(part, "Encoder") else part.LLM
 
     def make(rngs: nnx.Rngs) -> nnx.Module:
-        return part.Encoder(config, dtype=dtype, param_dtype=dtype, remat=remat, rngs=rngs)
-
-    return load(make, part.table(config), _without_prefix(tensors, part.PREFIXES), name=name, mesh=mesh)
-
-
-def make_llm(
-    part: ModuleType,
-    config: Any,
-    tensors: dict[str, Tensor],
-    name: str,
-    dtype: DTypeLike,
-    mesh: Mesh | None,
-    remat: str | None = None,
-) -> nnx.Module:
-    """An LLM filled with a checkpoint's tensors. name: what to call that in errors."""
-
-    def make(rngs: nnx.Rngs) -> nnx.Module:
-        return part.LLM(config, dtype=dtype, param_dtype=dtype, remat=remat, rngs=rngs)
+        return kind(config, dtype=dtype, param_dtype=dtype, remat=remat, rngs=rngs)
 
     return load(make, part.table(config), _without_prefix(tensors, part.PREFIXES), name=name, mesh=mesh)
 

@@ -313,9 +313,11 @@ def export(state: nnx.State, table: Table) -> dict[str, np.ndarray]:
     """
     values = {path: variable.get_value() for path, variable in nnx.to_flat_state(state)}
     tensors = {}
-    whole = functools.lru_cache(maxsize=1)(
-        lambda path: hosts.all_gather(values[path])
-    )  # for all layers in it
+
+    @functools.lru_cache(maxsize=1)  # its layers are entries that follow one another
+    def whole(path: tuple) -> np.ndarray:
+        return hosts.all_gather(values[path])
+
     for entry in _expand(table, {path: value.shape for path, value in values.items()}):
         value = whole(entry.path) if entry.layer is None else whole(entry.path)[entry.layer]
         if entry.axes is not None:

@@ -80,7 +80,7 @@ def test_a_written_configuration_reads_back(tmp_path):
         ("seed=-1", "seed: Input should be greater than or equal to 0"),
         ("seed=true", "seed: Input should be a valid integer"),
         ("stage2.optim.b1=2", "stage2.optim.b1: Input should be less than 1"),
-        ("adapter.hidden=3", "no such key; valid here: kind, num_queries"),
+        ("adapter.hidden=3", "no such key; valid here: hidden_size, num_hidden_layers"),
         ("adapter.num_queries=1.5", "adapter.*num_queries: Input should be a valid integer"),
         ("adapter.num_queries.x=1", "adapter.num_queries has no keys"),
         ("adapter.kind=telepathy", "adapter: Input tag 'telepathy' .* expected tags: .*'qformer'"),

@@ -6,9 +6,9 @@ from flax import nnx
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from sparqle_jax.encoders.convolutions import normalise
 from sparqle_jax.encoders.hubert import Config as HubertConfig
 from sparqle_jax.encoders.hubert import Encoder as Hubert
+from sparqle_jax.encoders.wav2vec2 import normalise
 from tests.conftest import call, with_compat
 
 LARGE = HubertConfig(

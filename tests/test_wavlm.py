@@ -45,7 +45,7 @@ def test_buckets():
 
 @pytest.mark.parametrize("num_frames", [1, 2, 7])
 def test_biases_are_those_of_the_offsets(wavlm, num_frames):
-    biases = wavlm._biases(num_frames)
+    biases = wavlm._bias(num_frames)
     table = np.asarray(wavlm.position_bias.embedding[...])
     numbers = buckets(num_frames, 8, 6)
     assert biases.shape == (2, num_frames, num_frames)
@@ -83,7 +83,7 @@ def test_attention_by_hand():
         heads.append(np.stack(rows))
     expected = project(attention.out, np.concatenate(heads, 1))
     x, bias = x[None].astype(np.float32), bias.astype(np.float32)
-    np.testing.assert_allclose(attention(x, bias, mask[None, None, None])[0], expected, rtol=1e-4, atol=1e-4)
+    np.testing.assert_allclose(attention(x, mask[None, None, None], bias)[0], expected, rtol=1e-4, atol=1e-4)
 
 
 def test_padding_changes_nothing_and_a_batch_nothing(wavlm):

@@ -147,5 +147,5 @@ def test_config_of_transformers():
 
 
 def test_heads_that_do_not_divide_the_width():
-    with pytest.raises(ValueError, match="d_model=16 is not a multiple of encoder_attention_heads=3"):
+    with pytest.raises(ValueError, match="width 16 is not a multiple of the number of attention heads 3"):
         Encoder(dataclasses.replace(SHORT, encoder_attention_heads=3), rngs=nnx.Rngs(0))

@@ -1,27 +1,37 @@
 """Blocks of BERT, of which several adapters are made: attention and feed-forward, with residual and norm."""
 
-from typing import Protocol
+from typing import Literal
 
 import jax
+import jax.numpy as jnp
+import pydantic
 from flax import nnx
 from jax.typing import DTypeLike
 
 from sparqle_jax import layers
+from sparqle_jax.tables import Rule, linear, norm
 
 # Keys and values: of one layer each [B, C, N, H]; of all layers with these as their first dimension.
 KeysValues = tuple[jax.Array, jax.Array]
 
 
-class Sizes(Protocol):
-    """The fields of an adapter's Config that the blocks read, under their names in BERT's configuration."""
+class Sizes(pydantic.BaseModel, frozen=True, extra="forbid", strict=True):
+    """What these adapters have in common; names and defaults as in BERT's configuration if it has them."""
 
-    hidden_size: int
-    num_attention_heads: int
-    intermediate_size: int
-    hidden_act: str
-    layer_norm_eps: float
-    hidden_dropout_prob: float
-    attention_probs_dropout_prob: float
+    hidden_size: pydantic.PositiveInt = 768
+    num_hidden_layers: pydantic.PositiveInt = 12
+    num_attention_heads: pydantic.PositiveInt = 12
+    intermediate_size: pydantic.PositiveInt = 3072
+    hidden_act: str = "gelu"
+    layer_norm_eps: float = 1e-12
+    hidden_dropout_prob: float = 0.1
+    attention_probs_dropout_prob: float = 0.1
+    projection_bias: bool = True
+    projection_norm: Literal["layer", "rms"] | None = None
+
+    @property
+    def width(self) -> int:
+        return self.hidden_size
 
 
 class FeedForward(nnx.Module):
@@ -73,3 +83,41 @@ class AttentionBlock(nnx.Module):
         probs_key, out_key = (None, None) if key is None else jax.random.split(key)
         out = self.attention(x, keys_values, mask, probs_key)
         return self.norm(layers.dropout(out, self.rate, out_key) + x)
+
+
+def query_tokens(
+    sizes: Sizes, num_queries: int, span_frames: int = 0, *, param_dtype: DTypeLike, rngs: nnx.Rngs
+) -> nnx.Param:
+    """Learned queries [1, num_queries, A]; with span_frames, they start as those of positions evenly over so
+    many frames."""
+    width = sizes.hidden_size
+    queries = nnx.initializers.normal(0.02)(rngs.params(), (1, num_queries, width), param_dtype)
+    if span_frames:
+        positions = (jnp.arange(num_queries) + 0.5) * span_frames / num_queries
+        queries += layers.sinusoids(positions, width).astype(param_dtype)
+    return nnx.Param(queries, axes=(None, None, "embed"))
+
+
+def with_positions(frames: jax.Array) -> jax.Array:
+    """Frames [B, T, D] with sinusoids of their positions, as queries with span_frames look for them."""
+    return frames + layers.sinusoids(jnp.arange(frames.shape[1]), frames.shape[2]).astype(frames.dtype)
+
+
+def expanded(query_tokens: nnx.Param, batch: int) -> jax.Array:
+    """The queries of each example: float32 [batch, Q, A]."""
+    queries = query_tokens[...].astype(jnp.float32)
+    return jnp.broadcast_to(queries, (batch, *queries.shape[1:]))
+
+
+def attention_rules(target: str, source: str, inner: str = "self") -> tuple[Rule, ...]:
+    """Which tensors of BERT's attention at `source` are an AttentionBlock's parameters at `target`.
+
+    inner: what the part with query, key and value is called.
+    """
+    return (
+        *linear(f"{target}.attention.query", f"{source}.{inner}.query"),
+        *linear(f"{target}.attention.key", f"{source}.{inner}.key"),
+        *linear(f"{target}.attention.value", f"{source}.{inner}.value"),
+        *linear(f"{target}.attention.out", f"{source}.output.dense"),
+        *norm(f"{target}.norm", f"{source}.output.LayerNorm"),
+    )

@@ -5,7 +5,7 @@ SpeechVerse, whose code is not public, downsamples by 1-D convolutions to about 
 kernel=3, stride=2, num_layers=2, channels=1024, hidden=None, on frames of 20 ms.
 """
 
-from typing import Annotated, Literal, Self
+from typing import Literal, Self
 
 import jax
 import jax.numpy as jnp
@@ -17,8 +17,6 @@ from sparqle_jax import flops, layers
 from sparqle_jax.adapters import windows
 from sparqle_jax.sharding import split_batch
 
-Positive = Annotated[int, pydantic.Field(ge=1)]
-
 
 class Config(pydantic.BaseModel, frozen=True, extra="forbid", strict=True):
     """kernel, stride: in frames, of every convolution; edges are not padded. channels: width after each of
@@ -27,11 +25,11 @@ class Config(pydantic.BaseModel, frozen=True, extra="forbid", strict=True):
     """
 
     kind: Literal["conv1d"] = "conv1d"
-    kernel: Positive = 5
-    stride: Positive = 5
-    num_layers: Positive = 1
-    channels: Positive | None = None
-    hidden: Positive | None = 2048
+    kernel: pydantic.PositiveInt = 5
+    stride: pydantic.PositiveInt = 5
+    num_layers: pydantic.PositiveInt = 1
+    channels: pydantic.PositiveInt | None = None
+    hidden: pydantic.PositiveInt | None = 2048
     activation: Literal["relu", "gelu", "silu"] = "relu"
     projection_bias: bool = True
     projection_norm: Literal["layer", "rms"] | None = None

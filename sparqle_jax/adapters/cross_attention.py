@@ -13,35 +13,27 @@ from flax import nnx
 from jax.typing import DTypeLike
 
 from sparqle_jax import flops, layers
-from sparqle_jax.adapters.bert import AttentionBlock, FeedForward
+from sparqle_jax.adapters.bert import (
+    AttentionBlock,
+    FeedForward,
+    Sizes,
+    expanded,
+    query_tokens,
+    with_positions,
+)
 from sparqle_jax.sharding import split_batch
 
-Positive = Annotated[int, pydantic.Field(ge=1)]
 
-
-class Config(pydantic.BaseModel, frozen=True, extra="forbid", strict=True):
+class Config(Sizes):
     """num_queries: tokens of every recording. span_frames: as for the `qformer`, sinusoids of their position
     are added to the frames, and the queries start evenly over so many frames; 0: neither. The other names and
     defaults as in BERT's configuration.
     """
 
     kind: Literal["cross_attention"] = "cross_attention"
-    num_queries: Positive = 100
+    num_queries: pydantic.PositiveInt = 100
     span_frames: Annotated[int, pydantic.Field(ge=0)] = 0
-    hidden_size: Positive = 768
-    num_hidden_layers: Positive = 1
-    num_attention_heads: Positive = 12
-    intermediate_size: Positive = 3072
-    hidden_act: str = "gelu"
-    layer_norm_eps: float = 1e-12
-    hidden_dropout_prob: float = 0.1
-    attention_probs_dropout_prob: float = 0.1
-    projection_bias: bool = True
-    projection_norm: Literal["layer", "rms"] | None = None
-
-    @property
-    def width(self) -> int:
-        return self.hidden_size
+    num_hidden_layers: pydantic.PositiveInt = 1
 
     @property
     def min_frames(self) -> int:
@@ -99,11 +91,7 @@ class Adapter(nnx.Module):
         width = config.hidden_size
         self.config, self.dtype = config, dtype
         self.frames_norm = layers.LayerNorm(frames_width, 1e-5, **norm)
-        queries = nnx.initializers.normal(0.02)(rngs.params(), (1, config.num_queries, width), param_dtype)
-        if config.span_frames:
-            positions = (jnp.arange(config.num_queries) + 0.5) * config.span_frames / config.num_queries
-            queries += layers.sinusoids(positions, width).astype(param_dtype)
-        self.query_tokens = nnx.Param(queries, axes=(None, None, "embed"))
+        self.query_tokens = query_tokens(config, config.num_queries, config.span_frames, **norm)
         self.embeddings_norm = layers.LayerNorm(width, config.layer_norm_eps, **norm)
         self.layers = layers.stack(
             lambda rngs: Layer(config, frames_width, dtype=dtype, param_dtype=param_dtype, rngs=rngs),
@@ -140,14 +128,11 @@ class Adapter(nnx.Module):
     def _place(self, frames: jax.Array) -> jax.Array:
         """Frames [B, T, D] as the layers read them: normed, with their positions."""
         frames = self.frames_norm(frames)
-        if self.config.span_frames:
-            frames += layers.sinusoids(jnp.arange(frames.shape[1]), frames.shape[2]).astype(frames.dtype)
-        return frames
+        return with_positions(frames) if self.config.span_frames else frames
 
     def _queries(self, batch: int, key: jax.Array | None) -> jax.Array:
         """Queries float32 [batch, Q, A] as the first layer reads them."""
-        x = self.embeddings_norm(self.query_tokens[...].astype(jnp.float32))
-        x = jnp.broadcast_to(x, (batch, *x.shape[1:]))
+        x = self.embeddings_norm(expanded(self.query_tokens, batch))
         key = None if key is None else jax.random.fold_in(key, self.config.num_hidden_layers)
         return split_batch(layers.dropout(x, self.config.hidden_dropout_prob, key))
 

@@ -17,17 +17,15 @@ from sparqle_jax import flops, layers
 from sparqle_jax.adapters import windows
 from sparqle_jax.sharding import split_batch
 
-Positive = Annotated[int, pydantic.Field(ge=1)]
-
 
 class Config(pydantic.BaseModel, frozen=True, extra="forbid", strict=True):
     """k: frames of a token. remainder: what becomes of the last frames, fewer than k. hidden: the width after
     each layer."""
 
     kind: Literal["fully_connected"] = "fully_connected"
-    k: Positive = 5
+    k: pydantic.PositiveInt = 5
     remainder: windows.Remainder = "drop"
-    hidden: Annotated[tuple[Positive, ...], pydantic.Field(min_length=1)] = (2048,)
+    hidden: Annotated[tuple[pydantic.PositiveInt, ...], pydantic.Field(min_length=1)] = (2048,)
     activation: Literal["relu", "gelu", "silu"] = "relu"
     projection_bias: bool = True
     projection_norm: Literal["layer", "rms"] | None = None

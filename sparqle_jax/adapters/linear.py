@@ -9,7 +9,7 @@ The published projectors of this form, and what they are here:
     Ultravox before 0.5: with mid_norm=False and projection_norm="rms"
 """
 
-from typing import Annotated, Literal, Self
+from typing import Literal, Self
 
 import jax
 import jax.numpy as jnp
@@ -21,8 +21,6 @@ from sparqle_jax import flops, layers
 from sparqle_jax.adapters import windows
 from sparqle_jax.sharding import split_batch
 
-Positive = Annotated[int, pydantic.Field(ge=1)]
-
 
 class Config(pydantic.BaseModel, frozen=True, extra="forbid", strict=True):
     """k: frames of a token. remainder: what becomes of the last frames, fewer than k. hidden: width after the
@@ -31,9 +29,9 @@ class Config(pydantic.BaseModel, frozen=True, extra="forbid", strict=True):
     """
 
     kind: Literal["linear"] = "linear"
-    k: Positive = 5
+    k: pydantic.PositiveInt = 5
     remainder: windows.Remainder = "drop"
-    hidden: Positive = 2048
+    hidden: pydantic.PositiveInt = 2048
     activation: Literal["relu", "gelu", "silu", "swiglu"] = "relu"
     bias: bool = True
     pre_norm: bool = False

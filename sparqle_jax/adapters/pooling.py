@@ -4,7 +4,7 @@ Qwen2-Audio's linear projector, with the pooling before it as in the published m
 for the encoder's last layer norm: there it comes after the pooling, inside the encoder.
 """
 
-from typing import Annotated, Literal
+from typing import Literal
 
 import jax
 import jax.numpy as jnp
@@ -15,16 +15,14 @@ from jax.typing import DTypeLike
 from sparqle_jax.adapters import windows
 from sparqle_jax.sharding import split_batch
 
-Positive = Annotated[int, pydantic.Field(ge=1)]
-
 
 class Config(pydantic.BaseModel, frozen=True, extra="forbid", strict=True):
     """k: frames of a token; the last frames, fewer than k, are dropped. width: of the frames, and so of the
     tokens."""
 
     kind: Literal["pooling"] = "pooling"
-    k: Positive = 2
-    width: Positive = 1280
+    k: pydantic.PositiveInt = 2
+    width: pydantic.PositiveInt = 1280
     projection_bias: bool = True
     projection_norm: Literal["layer", "rms"] | None = None
 

@@ -15,13 +15,19 @@ from flax import nnx
 from jax.typing import DTypeLike
 
 from sparqle_jax import flops, layers
-from sparqle_jax.adapters.bert import AttentionBlock, FeedForward, KeysValues
+from sparqle_jax.adapters.bert import (
+    AttentionBlock,
+    FeedForward,
+    KeysValues,
+    Sizes,
+    expanded,
+    query_tokens,
+    with_positions,
+)
 from sparqle_jax.sharding import split_batch
 
-Positive = Annotated[int, pydantic.Field(ge=1)]
 
-
-class Config(pydantic.BaseModel, frozen=True, extra="forbid", strict=True):
+class Config(Sizes):
     """Sizes of a Q-Former; names and defaults as in BERT's configuration where it has them.
 
     span_frames: 0 is the paper's: nothing but the encoder tells a frame's position. Otherwise sinusoids of it
@@ -31,25 +37,11 @@ class Config(pydantic.BaseModel, frozen=True, extra="forbid", strict=True):
     """
 
     kind: Literal["qformer"] = "qformer"
-    num_queries: Positive = 100
+    num_queries: pydantic.PositiveInt = 100
     span_frames: Annotated[int, pydantic.Field(ge=0)] = 0
     frames_norm: bool = True
-    cross_attention_freq: Positive = 2
-    hidden_size: Positive = 768
-    num_hidden_layers: Positive = 12
-    num_attention_heads: Positive = 12
-    intermediate_size: Positive = 3072
-    hidden_act: str = "gelu"
-    layer_norm_eps: float = 1e-12
-    hidden_dropout_prob: float = 0.1
-    attention_probs_dropout_prob: float = 0.1
-    max_position_embeddings: Positive = 512  # of its text half
-    projection_bias: bool = True
-    projection_norm: Literal["layer", "rms"] | None = None
-
-    @property
-    def width(self) -> int:
-        return self.hidden_size
+    cross_attention_freq: pydantic.PositiveInt = 2
+    max_position_embeddings: pydantic.PositiveInt = 512  # of its text half
 
     @property
     def min_frames(self) -> int:
@@ -167,11 +159,7 @@ class Adapter(nnx.Module):
         width, eps = config.hidden_size, config.layer_norm_eps
         self.config, self.dtype, self.vocab_size = config, dtype, vocab_size
         self.frames_norm = layers.LayerNorm(frames_width, 1e-5, **norm) if config.frames_norm else None
-        queries = nnx.initializers.normal(0.02)(rngs.params(), (1, config.num_queries, width), param_dtype)
-        if config.span_frames:
-            positions = (jnp.arange(config.num_queries) + 0.5) * config.span_frames / config.num_queries
-            queries += layers.sinusoids(positions, width).astype(param_dtype)
-        self.query_tokens = nnx.Param(queries, axes=(None, None, "embed"))
+        self.query_tokens = query_tokens(config, config.num_queries, config.span_frames, **norm)
         self.embeddings_norm = layers.LayerNorm(width, eps, **norm)
         kinds = dict(dtype=dtype, param_dtype=param_dtype)
         self.layers = layers.stack(
@@ -219,7 +207,7 @@ class Adapter(nnx.Module):
         """
         batch = frames.shape[0]
         embed_key, layers_key = _split(key)
-        x = self._start(self._expanded_queries(batch), embed_key)
+        x = self._start(expanded(self.query_tokens, batch), embed_key)
         return self._run(x, self.config.num_queries, None, frames, frames_mask, None, layers_key)
 
     def attention(self, frames: jax.Array, frames_mask: jax.Array | None = None) -> jax.Array:
@@ -227,7 +215,7 @@ class Adapter(nnx.Module):
 
         frames [B, T, D] -> float32 [layers with cross-attention, B, Q, T], each row of sum 1.
         """
-        x = self._start(self._expanded_queries(frames.shape[0]), None)
+        x = self._start(expanded(self.query_tokens, frames.shape[0]), None)
         placed = self._place(frames)
         mask = None if frames_mask is None else frames_mask.astype(bool)[:, None, None, :]
         maps = []
@@ -268,7 +256,7 @@ class Adapter(nnx.Module):
         text 2    x  x   x  x  .      .
         """
         num_queries = self.config.num_queries
-        queries = self._expanded_queries(frames.shape[0])
+        queries = expanded(self.query_tokens, frames.shape[0])
         embed_key, layers_key = _split(key)
         x = self._start(jnp.concatenate([queries, self._embed_text(ids, mask)], 1), embed_key)
         mask = jnp.pad(mask.astype(bool), ((0, 0), (num_queries, 0)), constant_values=True)
@@ -302,10 +290,6 @@ class Adapter(nnx.Module):
         )
         return logits + self.lm_bias[...].astype(jnp.float32)
 
-    def _expanded_queries(self, batch: int) -> jax.Array:
-        queries = self.query_tokens[...].astype(jnp.float32)
-        return jnp.broadcast_to(queries, (batch, *queries.shape[1:]))
-
     def _embed_text(self, ids: jax.Array, mask: jax.Array) -> jax.Array:
         if self.vocab_size is None:
             raise ValueError("this Q-Former has no text half: build it with vocab_size=.")
@@ -325,9 +309,7 @@ class Adapter(nnx.Module):
         """Frames [B, T, D] as the cross-attentions read them: normed, with their positions."""
         if self.frames_norm is not None:
             frames = self.frames_norm(frames)
-        if self.config.span_frames:
-            frames += layers.sinusoids(jnp.arange(frames.shape[1]), frames.shape[2]).astype(frames.dtype)
-        return frames
+        return with_positions(frames) if self.config.span_frames else frames
 
     def _run(
         self,

@@ -9,7 +9,7 @@ padding too, as published:
     Granite Speech  window=stride=15, num_queries=3, remainder="pad", frames_norm=False
 """
 
-from typing import Annotated, Literal, Self
+from typing import Literal, Self
 
 import jax
 import jax.numpy as jnp
@@ -19,34 +19,23 @@ from jax.typing import DTypeLike
 
 from sparqle_jax import flops, layers
 from sparqle_jax.adapters import windows
-from sparqle_jax.adapters.bert import AttentionBlock, FeedForward
+from sparqle_jax.adapters.bert import AttentionBlock, FeedForward, Sizes, expanded, query_tokens
 from sparqle_jax.sharding import split_batch
 
-Positive = Annotated[int, pydantic.Field(ge=1)]
 
-
-class Config(pydantic.BaseModel, frozen=True, extra="forbid", strict=True):
+class Config(Sizes):
     """window, stride: in frames. num_queries: tokens of each window. remainder: what becomes of the last
     frames, too few for a window; "pad" needs stride = window. frames_norm: a layer norm of the frames. The
     other names and defaults as in BERT's configuration, as for the `qformer`.
     """
 
     kind: Literal["windowed_qformer"] = "windowed_qformer"
-    window: Positive = 17
-    stride: Positive = 17
-    num_queries: Positive = 1
+    window: pydantic.PositiveInt = 17
+    stride: pydantic.PositiveInt = 17
+    num_queries: pydantic.PositiveInt = 1
     remainder: windows.Remainder = "drop"
     frames_norm: bool = True
-    hidden_size: Positive = 768
-    num_hidden_layers: Positive = 2
-    num_attention_heads: Positive = 12
-    intermediate_size: Positive = 3072
-    hidden_act: str = "gelu"
-    layer_norm_eps: float = 1e-12
-    hidden_dropout_prob: float = 0.1
-    attention_probs_dropout_prob: float = 0.1
-    projection_bias: bool = True
-    projection_norm: Literal["layer", "rms"] | None = None
+    num_hidden_layers: pydantic.PositiveInt = 2
 
     @pydantic.model_validator(mode="after")
     def _pads_side_by_side(self) -> Self:
@@ -55,10 +44,6 @@ class Config(pydantic.BaseModel, frozen=True, extra="forbid", strict=True):
                 f"remainder='pad' needs windows side by side: set stride={self.window} (it is {self.stride})"
             )
         return self
-
-    @property
-    def width(self) -> int:
-        return self.hidden_size
 
     @property
     def min_frames(self) -> int:
@@ -127,9 +112,7 @@ class Adapter(nnx.Module):
         norm = dict(param_dtype=param_dtype, rngs=rngs)
         self.config, self.dtype = config, dtype
         self.frames_norm = layers.LayerNorm(frames_width, 1e-5, **norm) if config.frames_norm else None
-        shape = (1, config.num_queries, config.hidden_size)
-        queries = nnx.initializers.normal(0.02)(rngs.params(), shape, param_dtype)
-        self.query_tokens = nnx.Param(queries, axes=(None, None, "embed"))
+        self.query_tokens = query_tokens(config, config.num_queries, **norm)
         self.embeddings_norm = layers.LayerNorm(config.hidden_size, config.layer_norm_eps, **norm)
         self.layers = layers.stack(
             lambda rngs: Layer(config, frames_width, dtype=dtype, param_dtype=param_dtype, rngs=rngs),
@@ -184,8 +167,7 @@ class Adapter(nnx.Module):
 
     def _queries(self, count: int, key: jax.Array | None) -> jax.Array:
         """Queries float32 [count, num_queries, A] as the first layer reads them."""
-        x = self.embeddings_norm(self.query_tokens[...].astype(jnp.float32))
-        x = jnp.broadcast_to(x, (count, *x.shape[1:]))
+        x = self.embeddings_norm(expanded(self.query_tokens, count))
         key = None if key is None else jax.random.fold_in(key, self.config.num_hidden_layers)
         return split_batch(layers.dropout(x, self.config.hidden_dropout_prob, key))
 

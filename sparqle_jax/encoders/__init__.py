@@ -22,12 +22,12 @@ padded batch gives each example the frames that it has alone.
 
 from types import ModuleType
 
-from sparqle_jax.encoders import hubert, wavlm, whisper
+from sparqle_jax.encoders import hubert, wav2vec2, wavlm, whisper
 
 # By the `model_type` in config.json.
 FAMILIES: dict[str, ModuleType] = {
     "hubert": hubert,
-    "wav2vec2": hubert,
+    "wav2vec2": wav2vec2,
     "wavlm": wavlm,
     "whisper": whisper,
 }

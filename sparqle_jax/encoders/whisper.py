@@ -15,6 +15,7 @@ from flax import nnx
 from jax.typing import DTypeLike
 
 from sparqle_jax import flops, layers
+from sparqle_jax.encoders import transformer
 from sparqle_jax.sharding import split_batch
 from sparqle_jax.tables import Rule, Table, linear, norm
 
@@ -103,10 +104,10 @@ def table(config: Config) -> Table:
             Rule("conv2.kernel", "conv2.weight", (2, 1, 0)),
             Rule("conv2.bias", "conv2.bias"),
             Rule("positions", "embed_positions.weight"),
-            *linear("layers.query", "layers.{i}.self_attn.q_proj"),
-            *linear("layers.key", "layers.{i}.self_attn.k_proj"),
-            *linear("layers.value", "layers.{i}.self_attn.v_proj"),
-            *linear("layers.out", "layers.{i}.self_attn.out_proj"),
+            *linear("layers.attention.query", "layers.{i}.self_attn.q_proj"),
+            *linear("layers.attention.key", "layers.{i}.self_attn.k_proj"),
+            *linear("layers.attention.value", "layers.{i}.self_attn.v_proj"),
+            *linear("layers.attention.out", "layers.{i}.self_attn.out_proj"),
             *norm("layers.attention_norm", "layers.{i}.self_attn_layer_norm"),
             *linear("layers.up", "layers.{i}.fc1"),
             *linear("layers.down", "layers.{i}.fc2"),
@@ -184,35 +185,6 @@ def log_mel(waveform: jax.Array, num_mel_bins: int, window: int) -> jax.Array:
         return ((mel + 4) / 4)[:, : _mel_frames(length)]
 
 
-class EncoderLayer(nnx.Module):
-    """Self-attention and feed-forward, each with a norm before and a residual; keys have no bias."""
-
-    def __init__(self, config: Config, *, dtype: DTypeLike, param_dtype: DTypeLike, rngs: nnx.Rngs):
-        kwargs = dict(dtype=dtype, param_dtype=param_dtype, rngs=rngs)
-        width, heads = config.d_model, config.encoder_attention_heads
-        if width % heads:
-            raise ValueError(f"d_model={width} is not a multiple of encoder_attention_heads={heads}.")
-        self.attention_norm = layers.LayerNorm(width, 1e-5, param_dtype=param_dtype, rngs=rngs)
-        self.query = layers.linear(width, width, ("embed", "heads"), **kwargs)
-        self.key = layers.linear(width, width, ("embed", "heads"), bias=False, **kwargs)
-        self.value = layers.linear(width, width, ("embed", "heads"), **kwargs)
-        self.out = layers.linear(width, width, ("heads", "embed"), **kwargs)
-        self.mlp_norm = layers.LayerNorm(width, 1e-5, param_dtype=param_dtype, rngs=rngs)
-        self.up = layers.linear(width, config.encoder_ffn_dim, ("embed", "mlp"), **kwargs)
-        self.down = layers.linear(config.encoder_ffn_dim, width, ("mlp", "embed"), **kwargs)
-        self.num_heads, self.activation = heads, config.activation_function
-
-    def __call__(self, x: jax.Array, mask: jax.Array | None) -> jax.Array:
-        """x [B, T, D], mask bool [B, 1, 1, T] -> [B, T, D]."""
-        normed = self.attention_norm(x)
-        query, key, value = (
-            project(normed).reshape(*x.shape[:2], self.num_heads, -1)
-            for project in (self.query, self.key, self.value)
-        )
-        x = x + self.out(layers.attention(query, key, value, mask).reshape(x.shape))
-        return x + self.down(layers.activation(self.activation)(self.up(self.mlp_norm(x))))
-
-
 class Encoder(nnx.Module):
     """`WhisperModel.encoder` of transformers, with the features that it is given there.
 
@@ -232,7 +204,7 @@ class Encoder(nnx.Module):
         rngs: nnx.Rngs,
     ):
         layers.check_remat(remat)
-        width = config.d_model
+        width, kinds = config.d_model, dict(dtype=dtype, param_dtype=param_dtype)
         self.config, self.dtype, self.remat = config, dtype, remat
 
         def conv(channels: int, stride: int) -> nnx.Conv:
@@ -242,8 +214,7 @@ class Encoder(nnx.Module):
                 3,
                 strides=stride,
                 padding=1,
-                dtype=dtype,
-                param_dtype=param_dtype,
+                **kinds,
                 kernel_init=nnx.initializers.he_normal(),
                 kernel_metadata={"axes": (None, None, "embed")},
                 bias_metadata={"axes": ("embed",)},
@@ -253,11 +224,21 @@ class Encoder(nnx.Module):
         self.conv1, self.conv2 = conv(config.num_mel_bins, 1), conv(width, 2)
         positions = layers.sinusoids(jnp.arange(config.max_source_positions), width)
         self.positions = nnx.Param(positions.astype(param_dtype), axes=(None, "embed"))
-        self.layers = layers.stack(
-            lambda rngs: EncoderLayer(config, dtype=dtype, param_dtype=param_dtype, rngs=rngs),
-            config.encoder_layers,
-            rngs,
-        )
+
+        def make_layer(rngs: nnx.Rngs) -> transformer.EncoderLayer:
+            heads = config.encoder_attention_heads
+            return transformer.EncoderLayer(
+                transformer.SelfAttention(width, heads, key_bias=False, **kinds, rngs=rngs),
+                width,
+                config.encoder_ffn_dim,
+                activation=config.activation_function,
+                norm_eps=1e-5,
+                pre_norm=True,
+                **kinds,
+                rngs=rngs,
+            )
+
+        self.layers = layers.stack(make_layer, config.encoder_layers, rngs)
         self.norm = layers.LayerNorm(width, 1e-5, param_dtype=param_dtype, rngs=rngs)
 
     def __call__(self, waveform: jax.Array, mask: jax.Array | None = None) -> tuple[jax.Array, jax.Array]:
@@ -268,12 +249,7 @@ class Encoder(nnx.Module):
         Raises ValueError when S is 0, or longer than the window.
         """
         x, keys_mask, frames_mask = self._inputs(waveform, mask)
-
-        def step(encoder_layer, x, _):
-            return split_batch(encoder_layer(x, keys_mask)), None
-
-        with jax.named_scope("layers"):
-            x, _ = layers.scan(self.layers, step, x, remat=self.remat)
+        x, _ = transformer.run(self.layers, x, keys_mask, remat=self.remat)
         return self.norm(x)[:, : frames_mask.shape[1]], frames_mask
 
     def hidden_states(
@@ -284,19 +260,15 @@ class Encoder(nnx.Module):
         The last are the model's output, after the final norm.
         """
         x, keys_mask, frames_mask = self._inputs(waveform, mask)
-
-        def step(encoder_layer, x, _):
-            x = split_batch(encoder_layer(x, keys_mask))
-            return x, x
-
-        last, outputs = layers.scan(self.layers, step, x, remat=self.remat)
-        frames = jnp.concatenate([x[None], outputs[:-1], self.norm(last)[None]])
+        last, outputs = transformer.run(self.layers, x, keys_mask, keep=True, remat=self.remat)
+        frames = transformer.hidden_states(x, outputs, self.norm(last))
         return frames[:, :, : frames_mask.shape[1]], frames_mask
 
     def _inputs(
         self, waveform: jax.Array, mask: jax.Array | None
     ) -> tuple[jax.Array, jax.Array | None, jax.Array]:
-        """The input of the layers [B, T, D], the mask of their keys, and that of the frames bool [B, T']."""
+        """The input of the layers [B, T, D]; the mask of their keys bool [B, T], None if all are real;
+        the frames' mask bool [B, T']."""
         config, length = self.config, waveform.shape[1]
         if length > config.max_samples:
             raise ValueError(
@@ -317,7 +289,7 @@ class Encoder(nnx.Module):
         mel_mask = keys_mask = None
         if mask is not None and not config.pad_to_window:
             mel_mask = (jnp.arange(x.shape[1]) < _mel_frames(lengths)[:, None])[..., None]
-            keys_mask = frames_mask[:, None, None, :]
+            keys_mask = frames_mask
         activation = layers.activation(config.activation_function)
         with jax.named_scope("convolutions"):
             x = activation(self.conv1(_without_padding(x, mel_mask)))

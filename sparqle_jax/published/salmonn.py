@@ -6,6 +6,7 @@ frames_norm=False.
 
 import re
 
+from sparqle_jax.adapters.bert import attention_rules
 from sparqle_jax.tables import Rule, Table, linear, norm
 
 
@@ -20,7 +21,7 @@ def table() -> Table:
             *(
                 rule
                 for ours, theirs in attentions
-                for rule in _attention(f"{blocks}.{ours}", f"{layer}.{theirs}")
+                for rule in attention_rules(f"{blocks}.{ours}", f"{layer}.{theirs}")
             ),
             *linear(f"{blocks}.mlp.up", f"{layer}.intermediate_query.dense"),
             *linear(f"{blocks}.mlp.down", f"{layer}.output_query.dense"),
@@ -28,13 +29,4 @@ def table() -> Table:
             *linear("projection", "speech_llama_proj"),
         ),
         ignored=(re.escape(f"{bert}.embeddings.position_ids"),),
-    )
-
-
-def _attention(target: str, source: str) -> tuple[Rule, ...]:
-    names = ("query", "key", "value")
-    return (
-        *(rule for name in names for rule in linear(f"{target}.attention.{name}", f"{source}.self.{name}")),
-        *linear(f"{target}.attention.out", f"{source}.output.dense"),
-        *norm(f"{target}.norm", f"{source}.output.LayerNorm"),
     )

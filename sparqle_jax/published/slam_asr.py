@@ -11,6 +11,7 @@
 import dataclasses
 
 from sparqle_jax.adapters import qformer
+from sparqle_jax.adapters.bert import attention_rules
 from sparqle_jax.tables import Rule, Table, linear, norm
 
 PREFIX = "encoder_projector."
@@ -34,12 +35,12 @@ def conv1d_table(prefix: str = PREFIX) -> Table:
 def qformer_table(config: qformer.Config, prefix: str = PREFIX) -> Table:
     """Names of transformers' Blip2QFormerModel, as `qformer` in the projector."""
     layer, blocks = f"{prefix}qformer.encoder.layer.{{i}}", "adapter.layers"
-    cross_attentions = _attention("adapter.cross_attentions", f"{layer}.crossattention")
+    cross_attentions = attention_rules("adapter.cross_attentions", f"{layer}.crossattention", "attention")
     return Table(
         (
             Rule("adapter.query_tokens", f"{prefix}query"),
             *norm("adapter.embeddings_norm", f"{prefix}qformer.layernorm"),
-            *_attention(f"{blocks}.self_attention", f"{layer}.attention"),
+            *attention_rules(f"{blocks}.self_attention", f"{layer}.attention", "attention"),
             *(dataclasses.replace(rule, every=config.cross_attention_freq) for rule in cross_attentions),
             *linear(f"{blocks}.query_mlp.up", f"{layer}.intermediate_query.dense"),
             *linear(f"{blocks}.query_mlp.down", f"{layer}.output_query.dense"),
@@ -47,17 +48,4 @@ def qformer_table(config: qformer.Config, prefix: str = PREFIX) -> Table:
             *linear("projection", f"{prefix}linear"),
             *norm("projection.norm", f"{prefix}norm"),
         )
-    )
-
-
-def _attention(target: str, source: str) -> tuple[Rule, ...]:
-    names = ("query", "key", "value")
-    return (
-        *(
-            rule
-            for name in names
-            for rule in linear(f"{target}.attention.{name}", f"{source}.attention.{name}")
-        ),
-        *linear(f"{target}.attention.out", f"{source}.output.dense"),
-        *norm(f"{target}.norm", f"{source}.output.LayerNorm"),
     )

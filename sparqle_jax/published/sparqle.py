@@ -21,12 +21,13 @@ from safetensors import numpy as safetensors_numpy
 
 from sparqle_jax import hosts
 from sparqle_jax.adapters import qformer
+from sparqle_jax.adapters.bert import attention_rules
 from sparqle_jax.aligner import STAGE_1_LOSSES, Aligner, AlignmentHeads
 from sparqle_jax.compat import Compat
 from sparqle_jax.encoders import hubert
 from sparqle_jax.llms import decoder
 from sparqle_jax.model import Projection, SpeechLLM
-from sparqle_jax.pretrained import make_encoder, make_llm, read_config
+from sparqle_jax.pretrained import make_tower, read_config
 from sparqle_jax.tables import Rule, Table, export, linear, load, norm
 from sparqle_jax.tensors import Tensor, open_checkpoint, read_metadata
 
@@ -35,23 +36,13 @@ def bert_table(config: qformer.Config, bert: str = "") -> Table:
     """The Q-Former's BERT part; `bert` is what stands before `bert.` and `cls.` in the names."""
     layer = f"{bert}bert.encoder.layer.{{i}}"
     head = f"{bert}cls.predictions"
-    cross_attentions = (
-        *linear("cross_attentions.attention.query", f"{layer}.crossattention.self.query"),
-        *linear("cross_attentions.attention.key", f"{layer}.crossattention.self.key"),
-        *linear("cross_attentions.attention.value", f"{layer}.crossattention.self.value"),
-        *linear("cross_attentions.attention.out", f"{layer}.crossattention.output.dense"),
-        *norm("cross_attentions.norm", f"{layer}.crossattention.output.LayerNorm"),
-    )
+    cross_attentions = attention_rules("cross_attentions", f"{layer}.crossattention")
     return Table(
         rules=(
             Rule("word_embeddings.embedding", f"{bert}bert.embeddings.word_embeddings.weight"),
             Rule("position_embeddings.embedding", f"{bert}bert.embeddings.position_embeddings.weight"),
             *norm("embeddings_norm", f"{bert}bert.embeddings.LayerNorm"),
-            *linear("layers.self_attention.attention.query", f"{layer}.attention.self.query"),
-            *linear("layers.self_attention.attention.key", f"{layer}.attention.self.key"),
-            *linear("layers.self_attention.attention.value", f"{layer}.attention.self.value"),
-            *linear("layers.self_attention.attention.out", f"{layer}.attention.output.dense"),
-            *norm("layers.self_attention.norm", f"{layer}.attention.output.LayerNorm"),
+            *attention_rules("layers.self_attention", f"{layer}.attention"),
             *(dataclasses.replace(rule, every=config.cross_attention_freq) for rule in cross_attentions),
             *linear("layers.text_mlp.up", f"{layer}.intermediate.dense"),
             *linear("layers.text_mlp.down", f"{layer}.output.dense"),
@@ -274,7 +265,7 @@ def load_speech_llm(
     encoder = _encoder_of(checkpoint, tensors, encoder, dtype, mesh)
     if isinstance(llm, decoder.Config):
         part = _part(tensors, "llama_model.") or _part(tensors, "llm_model.")
-        llm = make_llm(decoder, llm, part, f"the LLM in {checkpoint}", dtype, mesh)
+        llm = make_tower(decoder, llm, part, f"the LLM in {checkpoint}", dtype, mesh)
 
     def make(rngs: nnx.Rngs) -> nnx.Dict:
         return nnx.Dict(
@@ -336,7 +327,7 @@ def _encoder_of(
     if not isinstance(encoder, hubert.Config):
         return encoder
     part = _part(tensors, "speech_encoder.")
-    return make_encoder(hubert, encoder, part, f"the encoder in {checkpoint}", dtype, mesh)
+    return make_tower(hubert, encoder, part, f"the encoder in {checkpoint}", dtype, mesh)
 
 
 def _part(tensors: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:

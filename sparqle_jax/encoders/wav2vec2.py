@@ -1,8 +1,9 @@
-"""Convolutions that wav2vec 2.0, HuBERT and WavLM share: waveform -> features, and positions of them.
+"""wav2vec 2.0: waveform -> frames. HuBERT has the same model, and WavLM all of it but the attention.
 
-Seven convolutions turn 16 kHz samples into one feature every 20 ms; a convolution over time adds positions.
-Base models normalise the first convolution over time (group norm), large ones every convolution over
-channels (layer norm). After transformers' modeling_hubert.py.
+Seven convolutions turn 16 kHz samples into one feature every 20 ms; a convolution over time adds positions;
+then a Transformer. Base models normalise the first convolution over time (group norm) and each layer after
+its residual (post-norm), large ones every convolution over channels (layer norm) and each layer before
+(pre-norm). After transformers' modeling_wav2vec2.py and modeling_hubert.py.
 """
 
 import dataclasses
@@ -15,11 +16,14 @@ from jax.typing import DTypeLike
 
 from sparqle_jax import flops, layers
 from sparqle_jax.compat import check_compat
+from sparqle_jax.encoders import transformer
 from sparqle_jax.sharding import split_batch
-from sparqle_jax.tables import Rule, linear, norm
+from sparqle_jax.tables import Rule, Table, linear, norm
+
+PREFIXES = ("wav2vec2.",)
 
 # Tensors of pre-training and of fine-tuned models' heads.
-IGNORED = (
+_IGNORED = (
     r"masked_spec_embed",
     r"lm_head\..*",
     r"projector\..*",
@@ -124,7 +128,7 @@ class Config:
         return total + self.num_hidden_layers * (layer + flops.attention(size, frames, frames, width))
 
 
-RULES = (
+_RULES = (
     Rule("features.conv_layers.{i}.conv.kernel", "feature_extractor.conv_layers.{i}.conv.weight", (2, 1, 0)),
     Rule("features.conv_layers.{i}.conv.bias", "feature_extractor.conv_layers.{i}.conv.bias"),
     *norm("features.conv_layers.{i}.norm", "feature_extractor.conv_layers.{i}.layer_norm"),
@@ -144,7 +148,20 @@ RULES = (
     ),
     Rule("positional_conv.bias", "encoder.pos_conv_embed.conv.bias"),
     *norm("norm", "encoder.layer_norm"),
+    *linear("layers.attention.query", "encoder.layers.{i}.attention.q_proj"),
+    *linear("layers.attention.key", "encoder.layers.{i}.attention.k_proj"),
+    *linear("layers.attention.value", "encoder.layers.{i}.attention.v_proj"),
+    *linear("layers.attention.out", "encoder.layers.{i}.attention.out_proj"),
+    *norm("layers.attention_norm", "encoder.layers.{i}.layer_norm"),
+    *linear("layers.up", "encoder.layers.{i}.feed_forward.intermediate_dense"),
+    *linear("layers.down", "encoder.layers.{i}.feed_forward.output_dense"),
+    *norm("layers.mlp_norm", "encoder.layers.{i}.final_layer_norm"),
 )
+
+
+def table(config: Config) -> Table:
+    """Which tensor of a transformers file is which parameter."""
+    return Table(rules=_RULES, ignored=_IGNORED)
 
 
 def normalise(waveform: jax.Array, mask: jax.Array | None, how: str | None) -> jax.Array:
@@ -290,7 +307,7 @@ class PositionalConv(nnx.Module):
         direction = self.direction[...].astype(jnp.float32)
         norm = jnp.sqrt(jnp.square(direction).sum((1, 2), keepdims=True))
         weight = self.scale[...].astype(jnp.float32) * direction / norm
-        # A convolution for each group: one of groups takes cuDNN ten times as long, and a CPU twice.
+        # A convolution for each group: one of groups takes cuDNN and CPUs more than twice as long.
         out = jnp.concatenate(
             [
                 jax.lax.conv_general_dilated(
@@ -308,3 +325,105 @@ class PositionalConv(nnx.Module):
             -1,
         )
         return layers.activation(self.activation)(out + self.bias[...].astype(self.dtype))
+
+
+class Encoder(nnx.Module):
+    """The model without a head: `Wav2Vec2Model` and `HubertModel` of transformers.
+
+    dtype: of the matrix products and the frames; param_dtype: of the parameters; remat: a key of
+    `layers.REMAT_POLICIES`, for those who train through the encoder.
+    """
+
+    TRAINED = ()
+    Attention: type[transformer.SelfAttention] = transformer.SelfAttention
+
+    def __init__(
+        self,
+        config: Config,
+        *,
+        dtype: DTypeLike = jnp.float32,
+        param_dtype: DTypeLike = jnp.float32,
+        remat: str | None = None,
+        rngs: nnx.Rngs,
+    ):
+        layers.check_remat(remat)
+        kinds = dict(dtype=dtype, param_dtype=param_dtype)
+        width, eps = config.hidden_size, config.layer_norm_eps
+        self.config, self.dtype, self.remat = config, dtype, remat
+        self.features = Features(config, **kinds, rngs=rngs)
+        self.positional_conv = PositionalConv(config, **kinds, rngs=rngs)
+        self.norm = layers.LayerNorm(width, eps, param_dtype=param_dtype, rngs=rngs)
+
+        def make_layer(rngs: nnx.Rngs) -> transformer.EncoderLayer:
+            return transformer.EncoderLayer(
+                self.Attention(width, config.num_attention_heads, **kinds, rngs=rngs),
+                width,
+                config.intermediate_size,
+                activation=config.hidden_act,
+                norm_eps=eps,
+                pre_norm=config.do_stable_layer_norm,
+                **kinds,
+                rngs=rngs,
+            )
+
+        self.layers = layers.stack(make_layer, config.num_hidden_layers, rngs)
+
+    def __call__(
+        self, waveform: jax.Array, mask: jax.Array | None = None, *, layer: int | None = None
+    ) -> tuple[jax.Array, jax.Array]:
+        """waveform float [B, S] at 16 kHz, mask bool [B, S] -> (frames [B, T, D], mask bool [B, T]).
+
+        The mask is 1 on samples and 0 on the padding after them; None means no padding.
+
+        layer: the frames after that many layers, 0 being their input. None is all: the model's output, in
+            pre-norm models after the final norm.
+        Raises ValueError when S is too short for one frame, or there is no such layer.
+        """
+        num_layers = self.config.num_hidden_layers
+        if layer is not None and not 0 <= layer <= num_layers:
+            raise ValueError(f"layer={layer} does not exist: this encoder has layers 0 to {num_layers}.")
+        x, frames_mask = self.features(waveform, mask)
+        x = self.contextualise(x, frames_mask, layer=layer)
+        return x, jnp.ones(x.shape[:2], bool) if frames_mask is None else frames_mask
+
+    def hidden_states(
+        self, waveform: jax.Array, mask: jax.Array | None = None
+    ) -> tuple[jax.Array, jax.Array]:
+        """The frames of every layer, 0 to num_hidden_layers, [num_hidden_layers + 1, B, T, D]; their mask.
+
+        The last are the model's output: in pre-norm models after the final norm.
+        """
+        x, frames_mask = self.features(waveform, mask)
+        x = self._add_positions(x, frames_mask)
+        last, outputs = self._run(x, frames_mask, keep=True)
+        frames = transformer.hidden_states(x, outputs, self._finish(last))
+        return frames, jnp.ones(x.shape[:2], bool) if frames_mask is None else frames_mask
+
+    def contextualise(
+        self, x: jax.Array, frames_mask: jax.Array | None, *, layer: int | None = None
+    ) -> jax.Array:
+        """What `features` returns -> frames [B, T, D]: positions, then `layer` layers (None is all)."""
+        x, _ = self._run(self._add_positions(x, frames_mask), frames_mask, num=layer)
+        return self._finish(x) if layer in (None, self.config.num_hidden_layers) else x
+
+    def _add_positions(self, x: jax.Array, frames_mask: jax.Array | None) -> jax.Array:
+        """The input of the layers [B, T, D]."""
+        if frames_mask is not None:
+            x = jnp.where(frames_mask[..., None], x, 0)  # as an example's end, when it is alone
+        with jax.named_scope("positional_conv"):
+            x = x + self.positional_conv(x)
+        return x if self.config.do_stable_layer_norm else self.norm(x)
+
+    def _run(
+        self, x: jax.Array, frames_mask: jax.Array | None, **options
+    ) -> tuple[jax.Array, jax.Array | None]:
+        bias = self._bias(x.shape[1])
+        return transformer.run(self.layers, x, frames_mask, bias, remat=self.remat, **options)
+
+    def _bias(self, num_frames: int) -> jax.Array | None:
+        """What the layers are told of the distances of frames: nothing."""
+        return None
+
+    def _finish(self, x: jax.Array) -> jax.Array:
+        """The model's output, from that of its last layer."""
+        return self.norm(x) if self.config.do_stable_layer_norm else x
