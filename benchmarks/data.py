@@ -44,7 +44,7 @@ def speak(task: tuple[Path, int]) -> dict[str, str]:
     """Writes a recording of one of LibriSpeech's lengths, and returns its line of the manifest."""
     folder, number = task
     rng = np.random.default_rng(number)
-    voice = speech.draw_voice(rng, speech.HEARD)
+    voice = speech.draw_voice(rng, speech.SEEN)
     sentences = iter(grammar.sentences(40, number, test=False))
     length = round(np.interp(rng.uniform(0, 9), range(10), SECONDS) * audio.SAMPLE_RATE)
     texts, parts = [], [np.zeros(0, np.float32)]

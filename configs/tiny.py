@@ -1,4 +1,4 @@
-"""The miniature: both stages, on speech made by `python -m sparqle_jax.demo.world data/tiny`."""
+"""The miniature: both stages, on speech made by `python -m sparqle_jax.demo.datasets data/tiny`."""
 
 from pathlib import Path
 
@@ -15,7 +15,7 @@ def get_config() -> Config:
         llm=MODELS / "llm",
         data=DataConfig(
             train="data/tiny/train",
-            valid={"heard": "data/tiny/heard", "unheard": "data/tiny/unheard"},
+            valid={"seen": "data/tiny/seen", "unseen": "data/tiny/unseen"},
             max_seconds=3.0,
             buckets=1,  # each would be compiled, and the demo takes minutes
             frames=Path("data/tiny/frames"),

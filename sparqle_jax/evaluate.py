@@ -1,7 +1,7 @@
 """How good a model is on a data set: WER and CER of its transcripts, BLEU and chrF of its translations.
 
     sparqle evaluate runs/mine/stage2 data/test --translate fr de --output runs/mine/test
-    sparqle evaluate miniature data/demo/unheard    # the model in the package; only prints the table
+    sparqle evaluate miniature data/demo/unseen    # the model in the package; only prints the table
 
 --output gets answers.jsonl (a line for every utterance, in the order in which they were answered, with its
 `index` in the data set), results.json (scores of all, by spoken language and by length) and index.html (the

@@ -17,7 +17,7 @@ import pytest
 from flax import nnx
 from safetensors.numpy import load_file
 
-from sparqle_jax.demo import world
+from sparqle_jax.demo import datasets
 from sparqle_jax.encoders.hubert import Config as HubertConfig
 from sparqle_jax.llms.decoder import Config as DecoderConfig
 from sparqle_jax.published import sparqle as published
@@ -125,7 +125,7 @@ def assert_same_parameters(a, b):
 
 @pytest.fixture(scope="session")
 def small_world(tmp_path_factory) -> Path:
-    """Data sets train (24 utterances), heard and unheard (8 each) of the miniature's world."""
+    """Data sets train (24 utterances), seen and unseen (8 each) of the miniature's world."""
     folder = tmp_path_factory.mktemp("world")
-    world.make_world(folder, train=24, test=8, seed=0)
+    datasets.make_world(folder, train=24, test=8, seed=0)
     return folder

@@ -14,7 +14,7 @@ from safetensors.numpy import save_file
 from sparqle_jax import assemble, evaluate, pretrained, train
 from sparqle_jax.config import read_config
 from sparqle_jax.demo import __main__ as demo
-from sparqle_jax.demo import encoder, language_model, ship, study
+from sparqle_jax.demo import encoder, language_model, release, study
 from sparqle_jax.sparqle import SparQLe
 
 
@@ -29,10 +29,10 @@ def test_the_demo_leaves_its_page_and_numbers(small_world, tmp_path, capsys):
     results = run_demo(tmp_path / "run", small_world)
     assert results.keys() == {"yours", "shipped", "from text"}
     for by_set in results.values():
-        assert by_set.keys() == {"heard", "unheard"}
+        assert by_set.keys() == {"seen", "unseen"}
         for scores in by_set.values():
             assert scores.keys() == {"transcribe", "fr", "de", "es"}
-    assert results["shipped"]["heard"]["transcribe"]["wer"] < results["yours"]["heard"]["transcribe"]["wer"]
+    assert results["shipped"]["seen"]["transcribe"]["wer"] < results["yours"]["seen"]["transcribe"]["wer"]
     assert (tmp_path / "run" / "stage2" / "checkpoints" / "3").is_dir()
 
     page = (tmp_path / "run" / "index.html").read_text()
@@ -47,7 +47,7 @@ def test_the_demo_leaves_its_page_and_numbers(small_world, tmp_path, capsys):
     assert not re.findall(r'(?:src|href)="https?:', page)  # it works without a network
 
     printed = capsys.readouterr().out
-    assert "shipped, unheard" in printed
+    assert "shipped, unseen" in printed
     assert list((small_world / "frames").glob("*.frames"))
 
     # What it says to try next works as it stands there, but for the name of the new run.
@@ -99,8 +99,8 @@ def test_from_scratch_to_a_package_of_its_own(small_world, tmp_path, monkeypatch
     assert (run / "index.html").is_file()
 
     package = tmp_path / "models"
-    monkeypatch.setattr(ship, "MODELS", package)
-    ship.main([str(run)])
+    monkeypatch.setattr(release, "MODELS", package)
+    release.main([str(run)])
     model = SparQLe.from_pretrained(package / "sparqle").model
     assert model.encoder.config.num_hidden_layers == 2
     assert model.llm.config.vocab_size == language_model.VOCAB_SIZE
@@ -122,7 +122,7 @@ def test_a_study_trains_variants_and_collects_their_scores(small_world, tmp_path
     steps = ["--set", "stage2.steps=2", "--set", "stage2.batch_size=8"]
     assert study.main(["translations", *small, *steps]) == 0
     results = json.loads((tmp_path / "results.json").read_text())
-    assert results["translations"].keys() == {"heard", "unheard"}
+    assert results["translations"].keys() == {"seen", "unseen"}
     assert re.search(r"^\| translations \| [\d.]+% \| [\d.]+ \|", capsys.readouterr().out, re.M)
     trained = json.loads((tmp_path / "translations" / "config.json").read_text())
     assert trained["stage2"]["tasks"].keys() == {"transcribe", "fr", "de", "es"}
@@ -164,7 +164,7 @@ def test_what_is_shipped_is_small_and_is_what_its_list_says():
 def test_shipping_halves_the_adapter(tmp_path):
     tensors = {"a": np.float32([[0.1, 2.0]]), "position_ids": np.arange(4)}
     save_file(tensors, tmp_path / "a.safetensors", {"qformer": "{}"})
-    ship.to_float16(tmp_path / "a.safetensors", tmp_path / "b.safetensors")
+    release.to_float16(tmp_path / "a.safetensors", tmp_path / "b.safetensors")
     with safe_open(tmp_path / "b.safetensors", "np") as file:
         assert file.metadata() == {"qformer": "{}"}
         halves = {name: file.get_tensor(name) for name in tensors}

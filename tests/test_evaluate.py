@@ -116,7 +116,7 @@ def run(data, output, *more: str) -> dict:
 def done(small_world, tmp_path_factory):
     """The folder of an evaluation of 8 utterances in batches of 3."""
     output = tmp_path_factory.mktemp("evaluation")
-    run(small_world / "heard", output, "--batch-size", "3")
+    run(small_world / "seen", output, "--batch-size", "3")
     return output
 
 
@@ -125,7 +125,7 @@ def lines(output) -> list[dict]:
 
 
 def test_the_files_of_an_evaluation_agree(done, small_world):
-    data, rows = DataSet(small_world / "heard"), lines(done)
+    data, rows = DataSet(small_world / "seen"), lines(done)
     results = json.loads((done / "results.json").read_text())
     assert sorted(row["index"] for row in rows) == list(range(8))
     assert [row["seconds"] for row in rows] == sorted((row["seconds"] for row in rows), reverse=True)
@@ -171,7 +171,7 @@ def test_texts_are_no_markup_on_the_page(done, small_world):
         row["fr"]["answer"] = evil
     results["scores"] = scores.group(rows, results["tasks"], "none")
     results["model"]["folder"] = evil
-    page = evaluation_page.page(results, rows, DataSet(small_world / "heard"))
+    page = evaluation_page.page(results, rows, DataSet(small_world / "seen"))
     assert page.count("<script") == page.count("</script>") == 2
     assert "<img" not in page
     assert "<b>more" not in page
@@ -181,7 +181,7 @@ def test_texts_are_no_markup_on_the_page(done, small_world):
 def test_recordings_that_have_no_room_on_the_page_are_said_to_be_left_out(done, small_world, monkeypatch):
     monkeypatch.setattr(evaluation_page, "MAX_AUDIO", 100_000)
     results = json.loads((done / "results.json").read_text())
-    page = evaluation_page.page(results, lines(done), DataSet(small_world / "heard"))
+    page = evaluation_page.page(results, lines(done), DataSet(small_world / "seen"))
     assert "Without its recording" in page
     assert len(page) < 200_000
 
@@ -196,13 +196,13 @@ def test_a_stopped_evaluation_goes_on_to_the_same_results(kept, done, small_worl
     monkeypatch.setattr(
         evaluate.Evaluation, "_answer", lambda self, batch: batches.append(batch) or answer(self, batch)
     )
-    run(small_world / "heard", tmp_path, "--batch-size", "3")
+    run(small_world / "seen", tmp_path, "--batch-size", "3")
     assert len(batches) == 3 - kept // 3
     for name in ("answers.jsonl", "results.json", "index.html"):
         assert (tmp_path / name).read_bytes() == (done / name).read_bytes()
 
     batches.clear()  # another normaliser needs no new answers
-    assert run(small_world / "heard", tmp_path, "--normalizer", "none")["normalizer"] == "none"
+    assert run(small_world / "seen", tmp_path, "--normalizer", "none")["normalizer"] == "none"
     assert not batches
 
 
@@ -217,7 +217,7 @@ def bucket(tmp_path, monkeypatch):
 def test_an_evaluation_on_gs_is_stopped_and_goes_on_to_the_same_results(
     done, small_world, bucket, monkeypatch
 ):
-    arguments = ["miniature", str(small_world / "heard"), "--translate", "fr", "--batch-size", "3"]
+    arguments = ["miniature", str(small_world / "seen"), "--translate", "fr", "--batch-size", "3"]
     arguments += ["--output", "gs://bucket/runs/one"]
     monkeypatch.setattr(evaluate, "KEEP_EVERY", 0)
     there, batches, answer = bucket / "runs/one", [], evaluate.Evaluation._answer
@@ -242,7 +242,7 @@ def test_an_evaluation_on_gs_is_stopped_and_goes_on_to_the_same_results(
 def test_answers_of_another_evaluation_are_not_continued(done, small_world, capsys):
     before = (done / "answers.jsonl").read_bytes()
     output = ["--output", str(done)]
-    assert evaluate.main(["miniature", str(small_world / "unheard"), *output, "--num-beams", "2"]) == 1
+    assert evaluate.main(["miniature", str(small_world / "unseen"), *output, "--num-beams", "2"]) == 1
     said = capsys.readouterr().err
     assert "answers of another evaluation" in said
     assert "generation.num_beams is 1 there, 2 here" in said
@@ -256,19 +256,19 @@ def test_damaged_answers_are_not_continued(done, small_world, tmp_path, capsys):
         (tmp_path / name).write_bytes((done / name).read_bytes())
     text = (tmp_path / "answers.jsonl").read_text().splitlines(keepends=True)
     (tmp_path / "answers.jsonl").write_text("".join([text[0], text[2]]))
-    arguments = ["miniature", str(small_world / "heard"), "--translate", "fr", "--output", str(tmp_path)]
+    arguments = ["miniature", str(small_world / "seen"), "--translate", "fr", "--output", str(tmp_path)]
     assert evaluate.main(arguments) == 1
     assert "is damaged in line 2" in capsys.readouterr().err
 
 
 def test_a_mesh_gives_the_same_answers(done, small_world, tmp_path):
-    run(small_world / "heard", tmp_path, "--batch-size", "3", "--mesh", "2", "-1", "1")
+    run(small_world / "seen", tmp_path, "--batch-size", "3", "--mesh", "2", "-1", "1")
     for name in ("answers.jsonl", "results.json"):
         assert (tmp_path / name).read_bytes() == (done / name).read_bytes()
 
 
 def test_from_text_the_language_model_alone_is_scored(small_world, tmp_path):
-    scores = run(small_world / "heard", tmp_path, "--from-text")["scores"]["all"]["scores"]
+    scores = run(small_world / "seen", tmp_path, "--from-text")["scores"]["all"]["scores"]
     assert scores["transcribe"]["wer"] < 0.05
     assert scores["fr"]["bleu"] > 80
 
@@ -285,7 +285,7 @@ def prepared(tmp_path, **waveforms):
 
 
 def test_what_is_longer_than_the_model_hears_at_once_is_heard_in_windows(small_world, tmp_path, capsys):
-    spoken = DataSet(small_world / "heard")
+    spoken = DataSet(small_world / "seen")
     both = np.concatenate([spoken.waveform(0), np.zeros(16_000, np.float32), spoken.waveform(1)])
     data = prepared(tmp_path, long=both, short=spoken.waveform(2))
     assert evaluate.main(["miniature", str(data), "--output", str(tmp_path / "out")]) == 0
@@ -296,7 +296,7 @@ def test_what_is_longer_than_the_model_hears_at_once_is_heard_in_windows(small_w
 
 
 def test_the_encoders_own_window_is_kept_to(small_world, tmp_path, monkeypatch):
-    spoken = DataSet(small_world / "heard")
+    spoken = DataSet(small_world / "seen")
     data = prepared(tmp_path, long=np.concatenate([spoken.waveform(0), spoken.waveform(1)]))
     window = len(spoken.waveform(0)) + 8_000  # shorter than the model's max_seconds
     monkeypatch.setattr(encoders.FAMILIES["hubert"].Config, "max_samples", window)
@@ -333,9 +333,9 @@ def test_words_where_nobody_speaks_are_insertions():
 
 @pytest.fixture(scope="module")
 def partly(small_world, tmp_path_factory):
-    """The heard utterances, of which 1, 4 and 6 have a French translation, then silence of two lengths, one
+    """The utterances of seen, of which 1, 4 and 6 have a French translation, then silence of two lengths, one
     longer than the model hears at once, and noise: nobody speaks in them."""
-    heard, folder = DataSet(small_world / "heard"), tmp_path_factory.mktemp("partly")
+    heard, folder = DataSet(small_world / "seen"), tmp_path_factory.mktemp("partly")
     rows = []
     for i, utterance in enumerate(heard):
         soundfile.write(folder / f"{i}.wav", heard.samples(i), 16_000, subtype="PCM_16")
@@ -412,7 +412,7 @@ def test_a_data_set_in_which_nobody_speaks_at_all(tmp_path, capsys):
 
 
 def test_mistakes_in_the_command_are_said(small_world, tmp_path, capsys):
-    data = str(small_world / "heard")
+    data = str(small_world / "seen")
     for arguments, message in [
         (["miniature", str(tmp_path)], "is no data set: it has no index.arrow"),
         ([str(tmp_path), data], "is no model folder"),

@@ -107,7 +107,7 @@ def test_through_the_commands(family, kind, towers, small_world, tmp_path, monke
     if family == "wavlm":
         assert {"encoder.weights", "llm.layers.query.lora_a"} < saved.keys()
 
-    utterance = DataSet(small_world / "heard")
+    utterance = DataSet(small_world / "seen")
     soundfile.write(tmp_path / "a.wav", utterance.waveform(0), 16_000)
     capsys.readouterr()
     assert transcribe.main([str(tmp_path / "a.wav"), "--model", str(tmp_path / "model")]) == 0

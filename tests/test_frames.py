@@ -22,7 +22,7 @@ def encoder():
 
 @pytest.fixture
 def corpus(small_world) -> Corpus:
-    return Corpus([DataSet(small_world / "heard")])
+    return Corpus([DataSet(small_world / "seen")])
 
 
 @pytest.fixture
@@ -63,7 +63,7 @@ def test_another_encoder_or_other_recordings_have_another_file(
         return len(list(tmp_path.iterdir()))
 
     assert num_files(waveforms, encoder) == 1
-    other = Corpus([DataSet(small_world / "unheard")])
+    other = Corpus([DataSet(small_world / "unseen")])
     assert num_files(Waveforms(other, 3.0), encoder) == 2
     assert num_files(waveforms, pretrained.load_encoder(MODELS / "hubert", normalize=None)) == 3
     scaled = pretrained.load_encoder(MODELS / "hubert")

@@ -131,7 +131,7 @@ def test_instruction_examples_ask_and_answer_in_one_language(corpus, tokenizer):
 
 
 def test_tasks_are_drawn_by_weight_and_by_data_set(small_world, tokenizer):
-    corpus = Corpus([DataSet(small_world / "train"), DataSet(small_world / "heard")])
+    corpus = Corpus([DataSet(small_world / "train"), DataSet(small_world / "seen")])
     plan, examples = make_examples(corpus, tokenizer, [{"transcribe": 3.0, "de": 1.0}, {"fr": 1.0}])
     asked = {True: [], False: []}
     for number in range(40):

@@ -697,11 +697,11 @@ def test_a_source_that_is_not_there_is_said_and_leaves_nothing(arguments, messag
 
 
 def test_a_data_set_that_is_there_is_not_touched(small_world, capsys):
-    before = sorted((small_world / "heard").iterdir())
+    before = sorted((small_world / "seen").iterdir())
     with pytest.raises(SystemExit):
-        made(small_world / "heard", "manifest", "--manifest", "m.jsonl")
+        made(small_world / "seen", "manifest", "--manifest", "m.jsonl")
     assert "is there already" in capsys.readouterr().err
-    assert sorted((small_world / "heard").iterdir()) == before
+    assert sorted((small_world / "seen").iterdir()) == before
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGKILL])
@@ -746,7 +746,7 @@ def test_all_cores_give_what_one_gives(spoken, tmp_path):
 
 
 def test_a_corpus_is_its_data_sets_one_after_the_other(small_world):
-    sets = [DataSet(small_world / name) for name in ("train", "heard", "unheard")]
+    sets = [DataSet(small_world / name) for name in ("train", "seen", "unseen")]
     corpus = Corpus(sets)
     assert len(corpus) == 24 + 8 + 8
     for index, (number, place) in {0: (0, 0), 23: (0, 23), 24: (1, 0), 31: (1, 7), 39: (2, 7)}.items():
@@ -757,7 +757,7 @@ def test_a_corpus_is_its_data_sets_one_after_the_other(small_world):
 
 
 def test_a_broken_index_or_record_is_named(small_world, tmp_path):
-    shutil.copytree(small_world / "heard", tmp_path / "data")
+    shutil.copytree(small_world / "seen", tmp_path / "data")
     data = DataSet(tmp_path / "data")
     (shard,) = (tmp_path / "data").glob("speech-train*")
     content = bytearray(shard.read_bytes())

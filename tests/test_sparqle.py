@@ -34,7 +34,7 @@ def sparqle() -> SparQLe:
 
 @pytest.fixture(scope="module")
 def waveforms(small_world) -> list[np.ndarray]:
-    data = DataSet(small_world / "heard")
+    data = DataSet(small_world / "seen")
     return [data.waveform(i) for i in range(len(data))]
 
 

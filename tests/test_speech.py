@@ -5,7 +5,7 @@ import pytest
 
 from sparqle_jax import audio
 from sparqle_jax.data.dataset import DataSet
-from sparqle_jax.demo import grammar, say, speech, world
+from sparqle_jax.demo import datasets, grammar, say, speech
 
 
 def test_speech_has_the_length_and_level_of_speech():
@@ -22,8 +22,8 @@ def test_a_faster_voice_is_shorter():
 
 
 def test_every_voice_that_the_miniature_uses_is_there():
-    assert set(speech.HEARD).isdisjoint(speech.UNHEARD)
-    for variant in (*speech.HEARD, *speech.UNHEARD):
+    assert set(speech.SEEN).isdisjoint(speech.UNSEEN)
+    for variant in (*speech.SEEN, *speech.UNSEEN):
         speech.synthesise("ten", speech.Voice(variant=variant))
     for accent in speech.ACCENTS:
         speech.synthesise("ten", speech.Voice(accent=accent))
@@ -43,14 +43,14 @@ def test_what_can_not_be_spoken_is_an_error(text, voice, message):
 
 
 def test_world_has_other_sentences_and_voices_for_evaluation(small_world):
-    train, heard, unheard = (DataSet(small_world / name) for name in ("train", "heard", "unheard"))
-    assert [len(train), len(heard), len(unheard)] == [24, 8, 8]
-    assert {u.text for u in train}.isdisjoint(u.text for u in (*heard, *unheard))
-    assert {u.speaker.split("+")[1] for u in unheard} <= set(speech.UNHEARD)
-    assert {u.speaker.split("+")[1] for u in (*train, *heard)} <= set(speech.HEARD)
+    train, seen, unseen = (DataSet(small_world / name) for name in ("train", "seen", "unseen"))
+    assert [len(train), len(seen), len(unseen)] == [24, 8, 8]
+    assert {u.text for u in train}.isdisjoint(u.text for u in (*seen, *unseen))
+    assert {u.speaker.split("+")[1] for u in unseen} <= set(speech.UNSEEN)
+    assert {u.speaker.split("+")[1] for u in (*train, *seen)} <= set(speech.SEEN)
     for i, utterance in enumerate(train):
         assert len(train.waveform(i)) == utterance.num_samples
-        assert utterance.duration <= world.MAX_SECONDS
+        assert utterance.duration <= datasets.MAX_SECONDS
         assert set(utterance.translations) == set(grammar.LANGUAGES) - {"en"}
 
 
@@ -59,14 +59,14 @@ def test_a_whole_data_set_stays_a_partial_one_is_made_again_another_is_an_error(
     partial = tmp_path / "some.partial"
     partial.mkdir()
     (partial / "000000-0.wav").write_text("cut off")
-    world.make_data_set(folder, 2, seed=0, voices=("m1",))
+    datasets.make_data_set(folder, 2, seed=0, voices=("m1",))
     assert not partial.exists()
     first = (folder / "index.arrow").stat().st_mtime_ns
-    world.make_data_set(folder, 2, seed=0, voices=("m1",))
+    datasets.make_data_set(folder, 2, seed=0, voices=("m1",))
     assert (folder / "index.arrow").stat().st_mtime_ns == first
     for other in (dict(num=3, seed=0), dict(num=2, seed=1)):
         with pytest.raises(ValueError, match="is there already, and is not the data set"):
-            world.make_data_set(folder, **other, voices=("m1",))
+            datasets.make_data_set(folder, **other, voices=("m1",))
     assert len(DataSet(folder)) == 2
     assert not list(tmp_path.glob("some.*"))
 

@@ -54,7 +54,7 @@ def arguments(run: Path, world: Path, *more: str) -> list[str]:
         f"run={run}",
         f"data.train={world / 'train'}",
         "data.frames=null",  # the encoder hears every batch; tests/test_demo.py keeps its frames
-        "data.valid=" + json.dumps({"heard": str(world / "heard")}),
+        "data.valid=" + json.dumps({"seen": str(world / "seen")}),
         f"adapter={json.dumps({'kind': 'qformer', **SIZES})}",
         "stage1.embed_dim=8",
         'eval_languages=["fr"]',
@@ -94,8 +94,8 @@ def test_a_run_leaves_what_it_promises(whole):
         assert list((whole / stage / "tensorboard").iterdir())
         assert list((whole / stage / "profile").rglob("*.xplane.pb"))
     scores = json.loads((whole / "stage2" / "results.json").read_text())
-    assert scores["heard"].keys() == {"transcribe", "fr"}
-    assert json.loads((whole / "stage1" / "results.json").read_text())["heard"].keys() == {
+    assert scores["seen"].keys() == {"transcribe", "fr"}
+    assert json.loads((whole / "stage1" / "results.json").read_text())["seen"].keys() == {
         "loss",
         "stc",
         "stm",
@@ -152,7 +152,7 @@ def test_stopped_and_killed_it_ends_with_the_same_numbers(whole, small_world, tm
     [
         ("stage2.optim.lr=0.5", "config.stage2.optim.lr is 0.001 there, 0.5 here"),
         ("seed=1", "config.seed is 0 there, 1 here"),
-        ("data.train=DATA/heard", "holds another run: data is"),
+        ("data.train=DATA/seen", "holds another run: data is"),
     ],
 )
 def test_another_configuration_does_not_go_on_in_a_runs_folder(whole, small_world, change, message, capsys):
@@ -165,7 +165,7 @@ def test_a_run_goes_on_with_towers_elsewhere_but_not_with_others(whole, small_wo
     run, llm = tmp_path / "run", tmp_path / "llm"
     shutil.copytree(whole, run)
     shutil.copytree(MODELS / "llm", llm)
-    elsewhere = [f"llm={llm}", "data.valid=" + json.dumps({"other": str(small_world / "heard")})]
+    elsewhere = [f"llm={llm}", "data.valid=" + json.dumps({"other": str(small_world / "seen")})]
     assert train.main(arguments(run, small_world, *elsewhere)) == 0
     weights = load_file(llm / "model.safetensors")
     weights["model.norm.weight"][3] += 1e-3
@@ -188,7 +188,7 @@ def test_other_data_under_the_same_name_do_not_go_on(whole, small_world, tmp_pat
     moved = [str(run / "config.json"), "--set", f"run={run}", "--set", f"data.train={data}"]
     assert train.main(moved) == 0  # the same, though moved
     shutil.rmtree(data)
-    shutil.copytree(small_world / "heard", data)
+    shutil.copytree(small_world / "seen", data)
     with pytest.raises(SystemExit):
         train.main(moved)
     assert "holds another run: data is" in capsys.readouterr().err
@@ -200,7 +200,7 @@ def test_a_mixture_in_buckets_compiles_a_step_for_each(small_world, tmp_path, ca
     monkeypatch.setattr(train, "make_mesh", lambda sizes: one)
     mixture = {
         "a": {"folder": str(small_world / "train"), "weight": 1.0},
-        "b": {"folder": str(small_world / "heard"), "weight": 1.0, "tasks": {"fr": 1.0}},
+        "b": {"folder": str(small_world / "seen"), "weight": 1.0, "tasks": {"fr": 1.0}},
     }
     changes = [
         "stage1=null",
@@ -291,7 +291,7 @@ def sparse(small_world, tmp_path_factory) -> Path:
 def test_what_each_stage_can_use_is_said_at_the_start(sparse, small_world, tmp_path, capsys):
     mixture = {
         "some": {"folder": str(sparse), "tasks": {"de": 1.0}},
-        "all": {"folder": str(small_world / "heard")},
+        "all": {"folder": str(small_world / "seen")},
     }
     changes = [f"data.train={json.dumps(mixture)}", 'stage2.tasks={"transcribe": 0.5, "fr": 0.5}']
     (_, *sets) = arguments(tmp_path / "run", small_world, *changes)

@@ -20,8 +20,8 @@ from sparqle_jax.checkpoint import CheckpointError
 from sparqle_jax.config import Config, read_config
 from sparqle_jax.data.dataset import CorruptRecord, DataSet, Utterance
 from sparqle_jax.demo import grammar
+from sparqle_jax.demo.datasets import make_world
 from sparqle_jax.demo.page import write_page
-from sparqle_jax.demo.world import make_world
 from sparqle_jax.evaluate import evaluate
 from sparqle_jax.scores import table
 from sparqle_jax.sparqle import SparQLe
@@ -29,7 +29,7 @@ from sparqle_jax.tasks import TRANSCRIBE
 
 MODELS = Path(__file__).parent / "models"
 CONFIG = Path(__file__).parents[2] / "configs" / "tiny.py"
-SETS = {"heard": "voices heard in training", "unheard": "voices never heard"}
+SETS = {"seen": "speakers seen in training", "unseen": "unseen speakers"}
 LANGUAGES = tuple(code for code in grammar.LANGUAGES if code != "en")
 SUBTITLE = "The miniature SparQLe: a frozen speech encoder, a frozen LLM, and a small adapter between them."
 ZERO_SHOT = (
@@ -60,8 +60,8 @@ def what_next(run: Path, data: Path) -> list[tuple[str, str]]:
         ("translate it", f"{python}.transcribe say.wav --translate German"),
         ("with the adapter of this run", f"{python}.transcribe say.wav --model {run}/stage2"),
         (
-            "score it on voices never heard",
-            f"{python}.evaluate {run}/stage2 {data}/unheard --output {run}/unheard",
+            "score it on unseen speakers",
+            f"{python}.evaluate {run}/stage2 {data}/unseen --output {run}/unseen",
         ),
         (
             "train again, with something changed",
@@ -73,11 +73,11 @@ def what_next(run: Path, data: Path) -> list[tuple[str, str]]:
 def make_models(folder: Path, data: Path, seed: int) -> None:
     """Trains both towers, and makes the adapter's tokenizer, where they are not there yet."""
     # Here, because scikit-learn is not in the environment that `make demo` makes.
-    from sparqle_jax.demo import encoder, language_model, words
+    from sparqle_jax.demo import encoder, language_model, tokenizer
 
     arguments = [f"--seed={seed}"]
     if not (folder / "words" / "tokenizer.json").is_file():
-        words.main([str(folder / "words")])
+        tokenizer.main([str(folder / "words")])
     if not (folder / "hubert" / "preprocessor_config.json").is_file():
         encoder.main([str(data / "train"), str(folder / "hubert"), *arguments])
     if not (folder / "llm" / "tokenizer.json").is_file():

@@ -12,7 +12,7 @@ import soxr
 from sparqle_jax.audio import SAMPLE_RATE
 
 ACCENTS = ("en", "en-us", "en-gb-scotland", "en-gb-x-rp", "en-gb-x-gbclan", "en-us-nyc")
-HEARD = (
+SEEN = (
     *(
         "m1",
         "m2",
@@ -35,7 +35,7 @@ HEARD = (
     *("john", "linda", "marcelo", "max", "michel", "miguel", "norbert", "pablo", "paul", "pedro", "quincy"),
     *("rob", "robert", "sandro", "shelby", "steph", "travis", "victor", "zac"),
 )
-UNHEARD = ("m5", "m8", "f3", "adam", "belinda", "edward", "Lee", "Mario")
+UNSEEN = ("m5", "m8", "f3", "adam", "belinda", "edward", "Lee", "Mario")
 
 
 @dataclasses.dataclass(frozen=True)

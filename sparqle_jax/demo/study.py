@@ -16,7 +16,7 @@ from typing import Any
 from sparqle_jax import loop, train
 from sparqle_jax.config import read_config
 from sparqle_jax.demo.__main__ import CONFIG, LANGUAGES, MODELS, SETS
-from sparqle_jax.demo.world import make_world
+from sparqle_jax.demo.datasets import make_world
 from sparqle_jax.tasks import TRANSCRIBE
 
 TASKS = json.dumps({TRANSCRIBE: 0.4, **dict.fromkeys(LANGUAGES, 0.2)})
@@ -54,7 +54,7 @@ def run_variant(name: str, folder: Path, data: Path, changes: list[str]) -> None
         # Here, because scikit-learn is not in the environment that `make demo` makes.
         from sparqle_jax.demo import encoder
 
-        encoder.main([str(data / "heard"), str(folder / "random-hubert"), "--steps", "0", "0"])
+        encoder.main([str(data / "seen"), str(folder / "random-hubert"), "--steps", "0", "0"])
     tests = {test: str(data / test) for test in SETS}
     config = read_config(
         CONFIG,

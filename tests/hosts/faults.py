@@ -22,7 +22,7 @@ from pathlib import Path
 from sparqle_jax.data.dataset import Corpus, DataSet
 from sparqle_jax.data.pipeline import Waveforms
 from sparqle_jax.data.plan import BatchPlan, choose_buckets
-from sparqle_jax.demo import world
+from sparqle_jax.demo import datasets
 from tests import cluster
 from tests.hosts.test_hosts import CHANGES
 from tests.test_train import arguments, metrics
@@ -162,7 +162,7 @@ def main(argv: list[str] | None = None) -> int:
     rng, steps = random.Random(args.seed), 30 * args.kills
     with tempfile.TemporaryDirectory() as folder:
         data, whole, run = (Path(folder) / name for name in ("data", "whole", "run"))
-        world.make_world(data, train=24, test=8, seed=0)
+        datasets.make_world(data, train=24, test=8, seed=0)
         os.environ["SEEN"] = str(Path(folder) / "seen-whole-")
         began = time.monotonic()
         for status, output in cluster.finish(start(whole, data, steps), 1200):

@@ -1,8 +1,8 @@
 """Makes the miniature's data sets: sentences, spoken by synthesised voices.
 
-    python -m sparqle_jax.demo.world FOLDER --train 20000
+    python -m sparqle_jax.demo.datasets FOLDER --train 20000
 
-writes FOLDER/train, and for evaluation FOLDER/heard and FOLDER/unheard: sentences that are in no training
+writes FOLDER/train, and for evaluation FOLDER/seen and FOLDER/unseen: sentences that are in no training
 set, by voices that are in it and by voices that are not.
 """
 
@@ -92,15 +92,17 @@ def _speak(task: tuple[Path, str, dict[str, str], tuple[str, ...], list[int]]) -
 
 
 def make_world(folder: str | Path, *, train: int, test: int, seed: int, repeat: int = 1) -> None:
-    """The three data sets of the miniature in `folder`: train, heard, unheard."""
+    """The three data sets of the miniature in `folder`: train, seen, unseen."""
     folder = Path(folder)
-    make_data_set(folder / "train", train, seed=seed, voices=speech.HEARD, repeat=repeat)
-    make_data_set(folder / "heard", test, seed=seed, voices=speech.HEARD, test=True)
-    make_data_set(folder / "unheard", test, seed=seed, voices=speech.UNHEARD, test=True)
+    make_data_set(folder / "train", train, seed=seed, voices=speech.SEEN, repeat=repeat)
+    make_data_set(folder / "seen", test, seed=seed, voices=speech.SEEN, test=True)
+    make_data_set(folder / "unseen", test, seed=seed, voices=speech.UNSEEN, test=True)
 
 
 def main(argv: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser("python -m sparqle_jax.demo.world", description=__doc__.split("\n")[0])
+    parser = argparse.ArgumentParser(
+        "python -m sparqle_jax.demo.datasets", description=__doc__.split("\n")[0]
+    )
     parser.add_argument("folder", type=Path)
     parser.add_argument("--train", type=int, default=20_000, help="sentences to train on")
     parser.add_argument("--repeat", type=int, default=1, help="voices that speak each of them")

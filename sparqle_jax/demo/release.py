@@ -1,6 +1,6 @@
 """Puts what a run from scratch has trained into the package, in float16, with its provenance.
 
-python -m sparqle_jax.demo.ship runs/from-scratch --study runs/study
+python -m sparqle_jax.demo.release runs/from-scratch --study runs/study
 """
 
 import argparse
@@ -20,7 +20,7 @@ CURVE_POINTS = 200
 PROVENANCE = """# The miniature's weights
 
 Made by `python -m sparqle_jax.demo --from-scratch --seed {seed}{changes}`,
-and put here in float16 by `python -m sparqle_jax.demo.ship`. `hubert` and `llm` are the frozen towers,
+and put here in float16 by `python -m sparqle_jax.demo.release`. `hubert` and `llm` are the frozen towers,
 `words` the tokenizer of stage 1, `stage1.safetensors` the adapter after stage 1, `sparqle` a model folder:
 the adapter after stage 2. `results.json` has that run's scores as `yours`, those of the LLM that reads the
 written sentences as `from text`, and those of the controls and ablations of `python -m
@@ -55,7 +55,7 @@ def ship_model(stage: Path, name: str) -> None:
 
 
 def main(argv: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser("python -m sparqle_jax.demo.ship", description=__doc__.split("\n")[0])
+    parser = argparse.ArgumentParser("python -m sparqle_jax.demo.release", description=__doc__.split("\n")[0])
     parser.add_argument("run", type=Path, help="the run's folder")
     parser.add_argument("--study", type=Path, help="the folder of demo.study, for results.json")
     args = parser.parse_args(argv)

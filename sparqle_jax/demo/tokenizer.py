@@ -1,6 +1,6 @@
 """Makes the tokenizer of the miniature's adapter, which reads English transcripts word by word in stage 1.
 
-python -m sparqle_jax.demo.words FOLDER
+python -m sparqle_jax.demo.tokenizer FOLDER
 """
 
 import argparse
@@ -32,7 +32,9 @@ def make_tokenizer(seed: int = 0) -> PreTrainedTokenizerFast:
 
 
 def main(argv: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser("python -m sparqle_jax.demo.words", description=__doc__.split("\n")[0])
+    parser = argparse.ArgumentParser(
+        "python -m sparqle_jax.demo.tokenizer", description=__doc__.split("\n")[0]
+    )
     parser.add_argument("folder", type=Path)
     make_tokenizer().save_pretrained(parser.parse_args(argv).folder)
 
