@@ -21,6 +21,7 @@ from sparqle_jax.demo.__main__ import MODELS
 from sparqle_jax.plan_tpu import GIB, Planner, StepPlan, describe
 from sparqle_jax.program import census
 from sparqle_jax.sharding import make_mesh
+from tests import test_parts as parts
 
 pytest.importorskip("libtpu", reason="only Linux on x86-64 has TPU's compiler")
 
@@ -216,6 +217,37 @@ def argument_bytes(text: str) -> tuple[int, int]:
             stored[i] = -(-stored[i] // size) * size
         padded += -(-math.prod(stored) * width // 512) * 512
     return values, padded
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("encoder", "adapter", "llm"),
+    [
+        *((encoder, "linear", "llama") for encoder in parts.ENCODERS),
+        *(("hubert", adapter, "llama") for adapter in parts.ADAPTERS),
+        *(("hubert", "linear", llm) for llm in parts.LLMS),
+    ],
+)
+def test_every_part_compiles(encoder, adapter, llm, config, tmp_path):
+    """A step of stage 2 with each encoder, adapter and LLM that is listed, for four chips of v5e."""
+    for folder, name, sizes in (("hubert", encoder, parts.ENCODERS), ("llama", llm, parts.LLMS)):
+        (tmp_path / folder).mkdir()
+        values = {"model_type": name} | transformers_fields(sizes[name])
+        (tmp_path / folder / "config.json").write_text(json.dumps(values))
+    changes = {"adapter": parts.ADAPTERS[adapter].model_dump(), "data.max_seconds": 0.5, "init_from": None}
+    values = read_config(config, [f"{key}={json.dumps(value)}" for key, value in changes.items()])
+    planner = Planner(values, tmp_path, topology("v5e-4", 1), ["stage2"])
+    step = planner.plan("stage2", planner.buckets["stage2"][0], planner.mesh)
+    assert step.fits
+    assert step.model_flops > 0
+
+
+def transformers_fields(config) -> dict:
+    """A Config as a config.json says it."""
+    values = dataclasses.asdict(config)
+    if any(windows := values.pop("sliding_windows", ())):
+        values |= {"sliding_window": windows[0], "use_sliding_window": True}
+    return values
 
 
 def test_stage_1_has_the_llm_beside_it_that_training_has_loaded(planned):
