@@ -19,7 +19,7 @@ SPEECH = ("waveform", "waveform_mask", "frames", "frames_mask")  # what of a bat
 
 
 class AlignmentHeads(nnx.Module):
-    """What stage 1 trains besides the adapter: the heads of its losses."""
+    """The heads of stage 1's losses, which train with the adapter."""
 
     def __init__(
         self, adapter_width: int, embed_dim: int = 256, *, dtype: DTypeLike = jnp.float32, rngs: nnx.Rngs

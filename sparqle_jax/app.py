@@ -163,7 +163,7 @@ def read(file: str | None, max_seconds: float) -> np.ndarray:
 
 
 def instruction_of(task: str, language: str | None, prompt: str | None) -> str:
-    """What the model is asked. Raises Refused for no language, and for no prompt or one that is too long."""
+    """The instruction. Raises Refused for no language, and for no prompt or one that is too long."""
     if task == "Transcribe":
         return instructions(TRANSCRIBE)[0]
     if task == "Translate":
@@ -265,7 +265,7 @@ def refusal(text: str) -> str:
 
 
 def table(transcript: Transcript) -> str:
-    """What is said when, for an answer of several segments."""
+    """The times and texts of an answer of several segments."""
     if len(transcript.segments) < 2:
         return ""
     rows = "".join(

@@ -1,4 +1,4 @@
-"""From the parts that a configuration names to one model: abstract, random or loaded; what trains is saved.
+"""Assembles a model of the parts that a configuration names: abstract, random or loaded; saves what trains.
 
 Training, planning and inference make their models here. A file of what trains has this project's own names,
 and in its metadata the configurations of the parts (`Parts`).

@@ -79,7 +79,7 @@ def resample(channels: np.ndarray, rate: int) -> np.ndarray:
 
 
 def read_blocks(file: str | os.PathLike, warn: Warn = warnings.warn) -> Iterator[np.ndarray]:
-    """What `read` gives, a few seconds at a time: float32 [S] at 16 kHz. Raises and warns as `read` does.
+    """Reads as `read` does, a few seconds at a time: float32 [S] at 16 kHz. Raises and warns as `read` does.
 
     An empty block stands between two recordings of a file.
     """
@@ -100,7 +100,7 @@ def read_blocks(file: str | os.PathLike, warn: Warn = warnings.warn) -> Iterator
 def _parts(
     file: str | os.PathLike, warn: Warn, offset: float = 0.0, seconds: float | None = None
 ) -> Iterator[tuple[int, Iterator[np.ndarray]]]:
-    """Of each recording in a file its rate, and its samples in blocks float32 [S], from `offset` on.
+    """The rate of each recording in a file, and its samples in blocks float32 [S], from `offset` on.
 
     The blocks of one have to be taken before the next is asked for.
     """
@@ -207,7 +207,7 @@ class Window:
 
     @property
     def seconds(self) -> tuple[float, float]:
-        """From when to when."""
+        """Start and end."""
         return self.start / SAMPLE_RATE, (self.start + len(self.waveform)) / SAMPLE_RATE
 
 
@@ -362,7 +362,7 @@ def _digital_silence(window: np.ndarray, begin: int, end: int) -> tuple[int, int
 
 
 def count_samples(file: str | os.PathLike) -> int:
-    """How many samples `read` gives of a file, by its headers, each recording's rounded up. Raises as `read`
+    """The number of samples that `read` gives, by the headers, each recording's rounded up. Raises as `read`
     does."""
     return sum(
         math.ceil(recording.frames * SAMPLE_RATE / recording.samplerate)

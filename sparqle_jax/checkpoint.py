@@ -222,14 +222,14 @@ def _checksum(array: jax.Array) -> jax.Array:
 
 
 def fingerprint(module: nnx.Module) -> str:
-    """Of a module's parameters: names, shapes, dtypes and values, whatever devices hold them."""
+    """A hash of a module's parameters: names, shapes, dtypes and values, whatever devices hold them."""
     state = nnx.state(module)
     shapes = {_name(path): (x.shape, str(x.dtype)) for path, x in jax.tree_util.tree_leaves_with_path(state)}
     return hashlib.sha256(json.dumps([shapes, checksums(state)], sort_keys=True).encode()).hexdigest()[:16]
 
 
 def differences(there: Any, wanted: Any, key: str = "") -> list[str]:
-    """What differs in two JSON values: "key is this there, that here".
+    """The differences of two JSON values: "key is this there, that here".
 
     Of things with a hash that is the same nothing else counts, such as where they come from.
     """

@@ -210,7 +210,7 @@ def _host(shape: tuple[int, ...]) -> tuple[int, int, int]:
 
 
 def _wrap(shape: tuple[int, ...]) -> tuple[bool, bool, bool]:
-    """Which dimensions are rings: those of 16 in a flat slice, and all of whole cubes."""
+    """Tells which dimensions are rings: those of 16 in a flat slice, and all of whole cubes."""
     if len(shape) == 2:
         return (shape[0] == 16, shape[1] == 16, False)
     return (min(shape) >= 4,) * 3

@@ -1,4 +1,4 @@
-"""What the commands share: descriptions, arguments, and files that are written whole."""
+"""Descriptions, arguments, and files written atomically: what the commands share."""
 
 import argparse
 from pathlib import Path
@@ -35,7 +35,7 @@ def add_generation_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def generation_settings(args: argparse.Namespace) -> dict[str, float]:
-    """Those that were given."""
+    """The settings given on the command line."""
     names = "max_new_tokens min_new_tokens num_beams length_penalty repetition_penalty no_repeat_ngram_size"
     given = {name: getattr(args, name) for name in f"{names} temperature top_k top_p seed".split()}
     given = {name: value for name, value in given.items() if value is not None}
@@ -45,7 +45,7 @@ def generation_settings(args: argparse.Namespace) -> dict[str, float]:
 
 
 def add_tower_arguments(parser: argparse.ArgumentParser) -> None:
-    """For models whose towers have moved."""
+    """Adds the options for models whose towers have moved."""
     parser.add_argument("--encoder", type=Path, metavar="FOLDER", help="where the model's encoder is here")
     parser.add_argument("--llm", type=Path, metavar="FOLDER", help="where the model's LLM is here")
 

@@ -1,4 +1,4 @@
-"""What a run is: one typed, frozen configuration, from a file in configs/ and overrides of single keys.
+"""The configuration of a run: typed and frozen, from a file in configs/ and overrides of single keys.
 
 A file is Python with `get_config() -> Config`. Unknown keys and values of a wrong type are errors, in the
 file as in an override.
@@ -146,7 +146,7 @@ class Stage2Config(StageConfig):
 
 
 class EncoderOptions(Model):
-    """What a run may choose of its encoder. None: as its folder says.
+    """Options of an encoder. None: as its folder says.
 
     layer_mix: frames are a learned mix of all layers (as in SpeechVerse and s3prl), in place of the last one.
     pad_to_window: of Whisper: whether silence fills its window of 30 s, as when it was trained, or short

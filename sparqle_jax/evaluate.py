@@ -1,4 +1,4 @@
-"""How good a model is on a data set: WER and CER of its transcripts, BLEU and chrF of its translations.
+"""Scores a model on a data set: WER and CER of its transcripts, BLEU and chrF of its translations.
 
     sparqle evaluate runs/mine/stage2 data/test --translate fr de --output runs/mine/test
     sparqle evaluate miniature data/demo/unseen    # the model in the package; only prints the table
@@ -52,7 +52,7 @@ KEEP_EVERY = 30  # seconds after which answers are written anew where they can't
 
 @dataclasses.dataclass(frozen=True)
 class Evaluation:
-    """Which answers are wanted. settings: of `GenerationConfig`.
+    """An evaluation: the answers that are wanted. settings: of `GenerationConfig`.
 
     Raises ValueError for a language without references, and for settings that are not valid.
     """
@@ -75,7 +75,7 @@ class Evaluation:
         return [TRANSCRIBE, *dict.fromkeys(self.languages)]
 
     def identity(self, model: str) -> dict[str, Any]:
-        """What makes the answers what they are, as JSON. model: its folder. All hosts must call this."""
+        """All that the answers depend on, as JSON. model: its folder. All hosts must call this."""
         config = self.sparqle.config.model_dump(include={"max_seconds", "dtype", "compat", "system"})
         identity = {
             "model": {"hash": checkpoint.fingerprint(self.sparqle.model), "folder": model},
@@ -312,7 +312,7 @@ def _line(row: dict[str, Any]) -> str:
 
 
 def summarize(identity: dict[str, Any], rows: Sequence[dict[str, Any]], normalizer: str) -> dict[str, Any]:
-    """What results.json says."""
+    """The contents of results.json."""
     return {
         **identity,
         "normalizer": normalizer,

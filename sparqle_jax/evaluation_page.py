@@ -123,7 +123,7 @@ def worst_of(rows: Iterable[dict[str, Any]], task: str) -> list[dict[str, Any]]:
 
 
 def histogram(wers: Sequence[float]) -> list[tuple[str, int]]:
-    """How many are 0, up to 10 %, ..., up to 100 %, and more."""
+    """The numbers that are 0, up to 10 %, ..., up to 100 %, and more."""
     counts = np.bincount([min(math.ceil(10 * wer - 1e-9), 11) for wer in wers], minlength=12).tolist()
     return list(zip(["0", *(f"\u2264{10 * i}" for i in range(1, 11)), ">100"], counts, strict=True))
 

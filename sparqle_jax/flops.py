@@ -1,4 +1,4 @@
-"""How many floating-point operations a step takes: counted in the program, and from formulas alone.
+"""Floating-point operations of a step: counted in the program, and from formulas alone.
 
 Both count matrix products and convolutions, 2 per multiplication and addition, and nothing else: the rest
 is a few per cent, and runs elsewhere on the chip. They agree on what the model needs; `count` tells what the
@@ -32,7 +32,7 @@ class Flops:
 
 
 def count(jaxpr: core.ClosedJaxpr) -> Flops:
-    """Of one run of a program, on all devices together; of `jax.jit(f).trace(...).jaxpr`, say.
+    """Counts one run of a program, on all devices together; of `jax.jit(f).trace(...).jaxpr`, say.
 
     Results that nothing uses don't count, a loop counts as often as it runs, and of a condition the branch
     with most. Raises ValueError for products where it is not known how often they run: in a `while_loop`
@@ -106,6 +106,6 @@ def attention(size: int, queries: int, keys: int, width: int) -> int:
 
 
 def in_blocks(positions: int, block: int = 32) -> int:
-    """As many positions as whole blocks of `losses.token_loss` have."""
+    """The number of positions in whole blocks of `losses.token_loss`."""
     block = min(block, positions)
     return -(-positions // block) * block

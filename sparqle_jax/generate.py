@@ -1,4 +1,4 @@
-"""From speech and prompt to the tokens of an answer: greedy and beam search, and sampling.
+"""Generates the tokens of an answer to speech and prompt: greedy and beam search, and sampling.
 
 Two programs: `_prefill` reads the prompt into a cache of fixed size and chooses the first tokens, `_decode`
 goes on for some steps. Between those, answers that have ended are left out, so that they cost nothing more.
@@ -124,7 +124,7 @@ def stream(model: SpeechLLM, batch: Batch, config: GenerationConfig) -> Iterator
 
 
 def _smaller_sizes(batch: int, parts: int) -> list[int]:
-    """What a batch shrinks to as its answers end: half or less, a multiple of the mesh's parts, and so on."""
+    """Sizes that a batch shrinks to as its answers end: half or less, a multiple of the mesh's parts, ..."""
     size, sizes = parts, []
     while size <= batch // 2:
         if size >= SMALLEST_BATCH:
@@ -278,7 +278,7 @@ def _keep(state: _State, rows: jax.Array) -> _State:
 
 
 def _split(answers: _GreedyState | _BeamState) -> _GreedyState | _BeamState:
-    """As `split_batch`; a batch that can't be split is whole everywhere, so that programs agree on it."""
+    """Splits as `split_batch`; a batch that can't be split is whole everywhere: programs agree on it."""
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.empty:
         return answers
@@ -297,7 +297,7 @@ def _choose(state: _State, logits: jax.Array, config: GenerationConfig) -> _Stat
 
 
 def process(scores: jax.Array, tokens: jax.Array, length: jax.Array, config: GenerationConfig) -> jax.Array:
-    """What the settings make of scores float32 [N, V] after tokens int [N, L], of which `length` are there.
+    """Applies the settings to scores float32 [N, V] after tokens int [N, L], of which `length` are there.
 
     When sampling, the tokens that may be drawn have the logarithms of their chances, up to a constant; what
     must not be chosen has -inf.

@@ -1,4 +1,4 @@
-"""What the towers share: linear maps, norms, attention, and equal layers stacked and run by `scan`.
+"""Linear maps, norms, attention, and equal layers stacked and run by `scan`: what the towers share.
 
 Parameters are named and shaped as in Flax (`kernel` is [in, out]). Each carries, as metadata `axes`,
 the names of its dimensions; `sharding.py` says on which mesh axis each name lies.
@@ -191,7 +191,7 @@ def _has_cudnn(query: jax.Array) -> bool:
 
 
 def _cudnn_attention(query: jax.Array, key: jax.Array, value: jax.Array, mask: jax.Array | None) -> jax.Array:
-    """As `attention`, for a mask bool [B, 1, 1, C] that leaves out the last keys, or none."""
+    """Computes `attention` for a mask bool [B, 1, 1, C] that leaves out the last keys, or none."""
     lengths = {}
     if mask is not None:
         batch = query.shape[0]
@@ -243,7 +243,7 @@ class Attention(nnx.Module):
         return self.split_heads(self.key(source)), self.split_heads(self.value(source))
 
     def weights(self, x: jax.Array, source: jax.Array, mask: jax.Array | None) -> jax.Array:
-        """How much x [B, T, width] looks at each of source [B, C, source_width]: float32 [B, N, T, C]."""
+        """Attention weights of x [B, T, width] to source [B, C, source_width]: float32 [B, N, T, C]."""
         query, key = self.split_heads(self.query(x)), self.split_heads(self.key(source))
         scores = jnp.einsum("BTNH,BCNH->BNTC", query, key, preferred_element_type=jnp.float32)
         scores *= query.shape[-1] ** -0.5

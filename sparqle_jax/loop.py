@@ -181,7 +181,7 @@ def abstract_batch(examples: Examples, batch: Batch, mesh: Mesh) -> dict[str, ja
 
 
 def control(mesh: Mesh, seed: int, step: int, number: int) -> dict[str, Any]:
-    """What a step is told besides its batch (see `make_update`): `number` is this host's signal, or 0."""
+    """A step's input besides its batch (see `make_update`): `number` is this host's signal, or 0."""
     sharding = NamedSharding(mesh, PartitionSpec(MESH_AXES))
     signals = jax.make_array_from_callback((mesh.size,), sharding, lambda _: np.array([number], np.int32))
     return {"seed": np.uint32(seed), "step": np.int32(step - 1), "signal": signals}

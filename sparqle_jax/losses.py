@@ -12,7 +12,7 @@ import optax
 
 
 def similarity(speech_features: jax.Array, text_features: jax.Array, temperature: jax.Array) -> jax.Array:
-    """Of every recording with every text: the best of its queries, divided by the temperature.
+    """Similarities of every recording with every text: the best of its queries, divided by the temperature.
 
     speech_features [B, Q, E], text_features [B, E], both of length 1 -> float32 [B, B], speech by text.
     """
@@ -45,7 +45,7 @@ def negative_logits(similarities: jax.Array, recording_ids: jax.Array) -> jax.Ar
 def draw_negatives(
     key: jax.Array, similarities: jax.Array, recording_ids: jax.Array
 ) -> tuple[jax.Array, jax.Array]:
-    """For each text a hard negative recording, for each recording a hard negative text: two int32 [B]."""
+    """Draws a hard negative recording for each text, and a text for each recording: two int32 [B]."""
     speech_key, text_key = jax.random.split(key)
     speech = jax.random.categorical(speech_key, negative_logits(similarities.T, recording_ids))
     text = jax.random.categorical(text_key, negative_logits(similarities, recording_ids))

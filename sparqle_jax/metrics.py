@@ -37,7 +37,7 @@ class Validation:
         )
 
     def __call__(self, trained: nnx.State, frozen: nnx.State) -> dict[str, dict[str, float]]:
-        """By test set: "loss", and its parts by name."""
+        """The losses by validation set: "loss", and its parts by name."""
         return {name: self._mean(trained, frozen, *test) for name, test in self.valid_sets.items()}
 
     def _mean(

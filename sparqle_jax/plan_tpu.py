@@ -95,7 +95,7 @@ class StepPlan:
 
     @property
     def audio_per_hour(self) -> float:
-        """At most so many hours of audio in an hour."""
+        """An upper bound on the hours of audio in an hour."""
         return self.batch_size * self.seconds / self.bound
 
     def as_json(self) -> dict[str, Any]:
@@ -195,7 +195,7 @@ class Planner:
         return _bytes(_with_shardings(llm, state_sharding(llm, mesh)))
 
     def _buckets(self, stage: str) -> list[Bucket]:
-        """Those of training, or without its data as many, evenly."""
+        """The buckets of training, or without its data as many, evenly."""
         data, config = self.config.data, self.stages[stage]
         folders = [one.folder for one in data.train.values()]
         if all(_is_there(folder) for folder in folders):
@@ -213,7 +213,7 @@ class Planner:
         return batch_parts(mesh) * self.stages[stage].accumulate
 
     def steps(self) -> list[tuple[str, Bucket]]:
-        """What training would compile, the longest recordings of each stage first.
+        """The steps that training would compile, the longest recordings of each stage first.
 
         Raises ValueError for a batch that can't be split over the mesh.
         """
@@ -421,7 +421,7 @@ def _with_shardings(tree: Any, shardings: Any) -> Any:
 
 
 def _abstract_control(mesh: Mesh) -> dict[str, jax.ShapeDtypeStruct]:
-    """What a step is told besides its batch (see `make_update`)."""
+    """The shapes of a step's input besides its batch (see `make_update`)."""
     split = NamedSharding(mesh, PartitionSpec(MESH_AXES))
     return {
         "seed": jax.ShapeDtypeStruct((), np.uint32, sharding=replicated(mesh)),
@@ -431,7 +431,7 @@ def _abstract_control(mesh: Mesh) -> dict[str, jax.ShapeDtypeStruct]:
 
 
 def _bytes(tree: Any) -> int:
-    """Of a tree of abstract arrays, on one device."""
+    """The bytes of a tree of abstract arrays, on one device."""
     return sum(math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize for x in jax.tree.leaves(tree))
 
 

@@ -1,4 +1,4 @@
-"""What a compiled program does: its collectives, and gradients of weights that do not train.
+"""Reads a compiled program: its collectives, and gradients of weights that do not train.
 
 Read from its text, `compiled.as_text()`: XLA's HLO as it runs on one device. TPU's compiler writes some
 things in ways of its own, which are handled here: a reduce-scatter is a fusion of an all-reduce and a slice;
@@ -119,7 +119,7 @@ class _Instruction(NamedTuple):
 
     @property
     def index(self) -> int:
-        """Of a get-tuple-element."""
+        """The index of a get-tuple-element."""
         return int(re.search(r"index=(\d+)", self.attributes)[1])
 
     def computations(self, *attributes: str) -> list[str]:
@@ -263,7 +263,7 @@ class _Reader:
         return condition, body
 
     def _trips(self, loop: _Instruction, scope: _Scope, condition: _Scope, body: _Scope) -> int | None:
-        """How often a loop runs: as it says, or if it counts from one constant up to another."""
+        """The number of times a loop runs: as it says, or if it counts from one constant up to another."""
         known = re.search(r'"known_trip_count":\{"n":"(\d+)"', loop.attributes)
         if known:
             return int(known[1])
@@ -327,7 +327,7 @@ def _from_other_slices(recv: _Instruction, times: int) -> list[Collective]:
 
 
 def _group(instruction: _Instruction, devices: int) -> int:
-    """How many devices take part in a collective together."""
+    """The number of devices that take part in a collective together."""
     attributes = instruction.attributes
     if pairs := re.search(r"source_target_pairs=\{(\{[^ ]*\})\}", attributes):
         apart = [pair for pair in re.findall(r"\{(\d+),(\d+)\}", pairs[1]) if pair[0] != pair[1]]

@@ -1,4 +1,4 @@
-"""What the LLM reads around the speech: instructions, chat templates, tokens, and batches of them.
+"""The text around the speech: instructions, chat templates, tokens, and batches of them.
 
 An instruction is a text with a place for the speech, `<SpeechHere>`. In the LLM's own chat template it
 becomes the user's turn; what stands before the place and what stands after it are tokenised apart. The same
@@ -174,7 +174,7 @@ class Prompter:
         return self.tokenizer.apply_chat_template(turns, tokenize=False, **kwargs)
 
     def _published_prompt(self, instruction: str) -> tuple[list[int], list[int]]:
-        """What the reference's generation.py builds: around a turn in the template, cut by position."""
+        """The prompt of the reference's generation.py: around a turn in the template, cut by position."""
         turns = [{"role": "user", "content": "None"}]  # its None, as transformers 4 wrote it out
         if self.system is not None:
             turns.insert(0, {"role": "system", "content": self.system})

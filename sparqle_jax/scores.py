@@ -29,7 +29,7 @@ NORMALIZERS: dict[str, Callable[[str], str]] = {"none": str, "basic": basic}
 def score(
     task: str, references: Sequence[str], answers: Sequence[str], *, normalizer: str = "none"
 ) -> dict[str, float]:
-    """Of transcripts: wer and cer (jiwer, fractions). Of translations: bleu and chrf (sacrebleu, 0 to 100).
+    """Scores transcripts by wer and cer (jiwer), translations by bleu and chrf (sacrebleu, 0 to 100).
 
     Of both: exact, the share of answers that are the reference, letter for letter. normalizer: what is done
     to transcripts before their words are compared. Words in answers to an empty reference are insertions, and
@@ -49,7 +49,7 @@ def score(
 
 
 def without_speech(answers: Sequence[str], seconds: float, *, normalizer: str = "none") -> dict[str, Any]:
-    """What a model invents: its answers to recordings in which nobody speaks, `seconds` in all.
+    """Counts what a model invents: its answers to recordings in which nobody speaks, `seconds` in all.
 
     utterances, seconds; with_words: how many answers have any words; words, words_per_utterance and
     words_per_minute, as the WER counts insertions.
@@ -67,7 +67,7 @@ def without_speech(answers: Sequence[str], seconds: float, *, normalizer: str = 
 
 
 def silence_line(found: dict[str, Any]) -> str:
-    """What `without_speech` has found, as text."""
+    """The counts of `without_speech`, as text."""
     return (
         f"nobody speaks in {found['utterances']} ({duration_text(found['seconds'])}): {found['with_words']} "
         f"got words, {found['words']} in all, {found['words_per_utterance']:.2f} a recording, "
@@ -76,7 +76,7 @@ def silence_line(found: dict[str, Any]) -> str:
 
 
 def score_one(task: str, reference: str, answer: str, *, normalizer: str = "none") -> dict[str, float]:
-    """Of one answer: wer and cer, or chrf."""
+    """Scores of one answer: wer and cer, or chrf."""
     if task == TRANSCRIBE:
         scores = score(task, [reference], [answer], normalizer=normalizer)
         return {"wer": scores["wer"], "cer": scores["cer"]}
@@ -94,7 +94,7 @@ def metrics(language: str) -> dict[str, BLEU | CHRF]:
 
 
 def signatures(language: str) -> dict[str, str]:
-    """What sacrebleu says of how bleu and chrf are computed."""
+    """The signatures of sacrebleu: how bleu and chrf are computed."""
     found = metrics(language)
     for metric in found.values():
         metric.corpus_score([""], [[""]])  # before, it does not know the number of references
@@ -155,7 +155,7 @@ def shown_scores(scores: dict[str, Any], name: str) -> dict[str, dict[str, Any]]
 
 
 def number_text(name: str, value: float) -> str:
-    """As a table has it: wer and cer in percent."""
+    """A number as a table has it: wer and cer in percent."""
     if name == "n":
         return str(value)
     return f"{value:.1f}" if name in ("bleu", "chrf") else f"{value:.1%}"

@@ -65,7 +65,7 @@ def _named(sizes: tuple[int, ...]) -> str:
 
 
 def batch_sharding(mesh: Mesh) -> NamedSharding:
-    """Of arrays [B, ...]: their examples split over data and fsdp; B must be a multiple of `batch_parts`."""
+    """The sharding of arrays [B, ...] over data and fsdp; B must be a multiple of `batch_parts`."""
     return NamedSharding(mesh, PartitionSpec(BATCH_AXES))
 
 
@@ -75,7 +75,7 @@ def batch_parts(mesh: Mesh) -> int:
 
 
 def replicated(mesh: Mesh) -> NamedSharding:
-    """Of arrays that every device holds whole."""
+    """The sharding of arrays that every device holds whole."""
     return NamedSharding(mesh, PartitionSpec())
 
 

@@ -67,7 +67,7 @@ class Tower(pydantic.BaseModel, frozen=True, extra="forbid"):
 
 
 class ModelConfig(pydantic.BaseModel, frozen=True, extra="forbid", populate_by_name=True):
-    """What `config.json` of a model folder says.
+    """The contents of a model folder's `config.json`.
 
     max_seconds: the longest waveform that the model hears at once. max_new_tokens: of an answer to one.
     speech_pad: seconds of silence that are left before and after speech (see `audio.cut`).
@@ -222,7 +222,7 @@ class SparQLe:
     def transcribe(self, recordings: Iterable[Recording], **options: Any) -> list[Transcript]: ...
 
     def transcribe(self, recordings: Any, **options: Any) -> Transcript | list[Transcript]:
-        """What is said: a Transcript, or for any sequence of recordings a list of them.
+        """Transcribes: a Transcript, or for any sequence of recordings a list of them.
 
         (waveform, sample rate) is one recording. Options are those of `run`.
         Raises ValueError and FileNotFoundError for the first that can't be heard, naming it.
@@ -261,7 +261,7 @@ class SparQLe:
         heard: Callable[[float], None] = lambda seconds: None,
         **settings,
     ) -> Iterator[Transcript | Exception]:
-        """For each recording in its order, as they become ready: its Transcript, or why it can't be heard.
+        """Yields each recording's Transcript, or why it can't be heard, in order, as they become ready.
 
         Long recordings are read and answered a window at a time, and never held as a whole; windows of one
         batch may be of several recordings. heard: is told how many seconds more are done. settings: of
@@ -390,7 +390,7 @@ class SparQLe:
         return hasattr(self.model.adapter, "attention")
 
     def attention(self, recording: Recording) -> np.ndarray:
-        """Which frames of a recording, no longer than is heard at once, the tokens attend to.
+        """Attention weights of the tokens to the frames of a recording, no longer than is heard at once.
 
         float32 [Q, T], the mean of the cross-attentions; each token's weights have the sum 1. Raises
         ValueError for an adapter without attention.
@@ -441,7 +441,7 @@ class SparQLe:
     def _answers(
         self, windows: Sequence[audio.Window], instruction: str, config: GenerationConfig
     ) -> list[tuple[str, bool] | Exception]:
-        """For each window its answer and whether that has its end, or why there is none."""
+        """Yields for each window its answer and whether that has its end, or why there is none."""
         try:
             frames = self.encode([window.waveform for window in windows])
             return self._generate(self._asked(instruction, frames), len(windows), config)

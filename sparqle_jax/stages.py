@@ -14,7 +14,7 @@ from sparqle_jax.tasks import TRANSCRIBE, check_tasks, have_any
 
 @dataclasses.dataclass
 class Stage:
-    """What a stage is trained and tested on. valid_sets: by name, examples and the plan of their batches."""
+    """A stage: its data and their batches. valid_sets: by name, examples and the plan of their batches."""
 
     name: str
     config: StageConfig
@@ -29,7 +29,7 @@ def tasks_of_sets(config: Config) -> list[dict[str, float]]:
 
 
 def tasks_of(corpus: Corpus, tasks: dict[str, float]) -> dict[str, float]:
-    """Those of the tasks that a test set has answers to."""
+    """The tasks that a test set has answers to."""
     there = (TRANSCRIBE, *corpus.data_sets[0].languages)
     return {task: weight for task, weight in tasks.items() if task in there} or {TRANSCRIBE: 1.0}
 

@@ -21,7 +21,7 @@ from sparqle_jax.sharding import batch_sharding, gathered, like_parameters, repl
 )
 @dataclasses.dataclass
 class TrainState:
-    """What a checkpoint holds: the number of steps done, what trains, and the optimizer's state."""
+    """The state that a checkpoint holds: the number of steps done, what trains, and the optimizer's state."""
 
     step: jax.Array
     trained: nnx.State

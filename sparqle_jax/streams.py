@@ -21,7 +21,7 @@ Pieces = Sequence[bytes | range]
 
 
 class UnusableAudio(ValueError):
-    """What is the matter with a recording. reason: the same for all of its kind."""
+    """A recording can't be used. reason: the same for all of its kind."""
 
     def __init__(self, reason: str, message: str):
         super().__init__(message)
@@ -159,7 +159,7 @@ def _after_tags(bytes_at: _Bytes, place: int) -> int:
 
 
 def _check_rest(bytes_at: _Bytes, start: int, end: int, lost: int = 0) -> int:
-    """How many bytes are lost with these, which hold no audio that can be read; tags and zeros do not count.
+    """The number of bytes lost with these, which hold no audio that can be read; tags and zeros do not count.
 
     lost: how many were before. Raises UnusableAudio for more than a little at once, or altogether.
     """
@@ -296,7 +296,7 @@ _TAG = b"ID3\x04\x00\x00\x00\x00\x00\x23" + bytes(0x23)
 
 @dataclasses.dataclass(frozen=True)
 class _Frame:
-    """What the header of a frame says. size: bytes."""
+    """The header of a frame. size: bytes."""
 
     header: bytes
     version: int  # 3 is MPEG 1, 2 is MPEG 2, 0 is MPEG 2.5
@@ -428,7 +428,7 @@ def _mpeg(bytes_at: _Bytes, place: int) -> list[Pieces]:
 
 
 def _declared(content: bytes, frame: _Frame) -> int | None:
-    """How many frames follow, if that is what this one is for; 0 for one that does not say."""
+    """The number of frames that follow, if this one is there to say it; else 0."""
     for place in (frame.info, frame.info + 2):  # with a checksum
         if frame.layer == 3 and content[place : place + 4] in (b"Xing", b"Info"):
             says = content[place + 7 : place + 8] and content[place + 7] & 1

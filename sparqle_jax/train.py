@@ -250,7 +250,7 @@ def _dry_run(model: Aligner | SpeechLLM, stage: stages.Stage) -> None:
 
 
 def _frozen_keys(config: Any, key: str = "") -> Any:
-    """What of a configuration must stay when a run goes on: all but the keys that are FREE."""
+    """The part of a configuration that must stay when a run is resumed: all but the keys that are FREE."""
     if not isinstance(config, dict):
         return config
     paths = {name: f"{key}.{name}".removeprefix(".") for name in config}
@@ -328,7 +328,7 @@ def _stage_folder(config: Config, name: str) -> epath.Path:
 
 
 def _cached_json(file: epath.Path, make: Callable[[], dict[str, Any]]) -> dict[str, Any]:
-    """What `make` returns, kept in a JSON file from the first time on."""
+    """The result of `make`, kept in a JSON file from the first time on."""
     if hosts.broadcast(file.is_file()):
         return json.loads(file.read_text())
     made = make()
@@ -380,7 +380,7 @@ def main(argv: list[str] | None = None) -> int:
         parser.error(str(error))  # with status 2
     except KeyboardInterrupt:
         return 128 + signal.SIGINT
-    if jax.config.jax_compilation_cache_dir is None:  # who goes on need not compile again
+    if jax.config.jax_compilation_cache_dir is None:  # a resumed run compiles nothing again
         jax.config.update("jax_compilation_cache_dir", str(config.run / "compiled"))
     try:
         run.train(args.profile)

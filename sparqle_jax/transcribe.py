@@ -128,7 +128,7 @@ FORMATS: dict[str, Callable[[Transcript], str]] = {
 
 
 def _seconds(file: str) -> float:
-    """How long a recording is, or 0 if it can't be told: why is said when it is heard."""
+    """The length of a recording, or 0 if it can't be told: why is said when it is heard."""
     try:
         return audio.count_samples(file) / audio.SAMPLE_RATE
     except (audio.UnusableAudio, OSError):

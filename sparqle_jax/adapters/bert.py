@@ -16,7 +16,7 @@ KeysValues = tuple[jax.Array, jax.Array]
 
 
 class Sizes(pydantic.BaseModel, frozen=True, extra="forbid", strict=True):
-    """What these adapters have in common; names and defaults as in BERT's configuration if it has them."""
+    """Fields that these adapters share; names and defaults as in BERT's configuration if it has them."""
 
     hidden_size: pydantic.PositiveInt = 768
     num_hidden_layers: pydantic.PositiveInt = 12
@@ -110,7 +110,7 @@ def expanded(query_tokens: nnx.Param, batch: int) -> jax.Array:
 
 
 def attention_rules(target: str, source: str, inner: str = "self") -> tuple[Rule, ...]:
-    """Which tensors of BERT's attention at `source` are an AttentionBlock's parameters at `target`.
+    """The parameters of an AttentionBlock at `target`, as the tensors of BERT's attention at `source`.
 
     inner: what the part with query, key and value is called.
     """

@@ -40,7 +40,7 @@ class Config(Sizes):
         return 1
 
     def num_tokens(self, frames):
-        """As many as there are queries, whatever the frames (int or array)."""
+        """The number of queries, whatever the frames (int or array)."""
         return frames * 0 + self.num_queries
 
     def flops(self, size: int, frames: int, frames_width: int, frames_gradient: bool = False) -> int:
@@ -113,7 +113,7 @@ class Adapter(nnx.Module):
         return tokens, jnp.ones(tokens.shape[:2], bool)
 
     def attention(self, frames: jax.Array, mask: jax.Array) -> jax.Array:
-        """How much each query reads of each frame: the mean of the heads of each layer.
+        """Attention weights of each query to each frame: the mean of the heads of each layer.
 
         frames [B, T, D] and bool [B, T] -> float32 [layers, B, Q, T], each row of sum 1.
         """

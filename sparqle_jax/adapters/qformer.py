@@ -52,7 +52,7 @@ class Config(Sizes):
         return -(-self.num_hidden_layers // self.cross_attention_freq)
 
     def num_tokens(self, frames):
-        """As many as there are queries, whatever the frames (int or array)."""
+        """The number of queries, whatever the frames (int or array)."""
         return frames * 0 + self.num_queries
 
     def flops(self, size: int, frames: int, frames_width: int, frames_gradient: bool = False) -> int:
@@ -211,7 +211,7 @@ class Adapter(nnx.Module):
         return self._run(x, self.config.num_queries, None, frames, frames_mask, None, layers_key)
 
     def attention(self, frames: jax.Array, frames_mask: jax.Array | None = None) -> jax.Array:
-        """How much each query reads of each frame: weights of every cross-attention, the mean of its heads.
+        """Attention weights of each query to each frame, in every cross-attention: the mean of its heads.
 
         frames [B, T, D] -> float32 [layers with cross-attention, B, Q, T], each row of sum 1.
         """

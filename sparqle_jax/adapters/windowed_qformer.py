@@ -92,7 +92,7 @@ class Layer(nnx.Module):
         return self.mlp(x, keys[2])
 
     def weights(self, x: jax.Array, frames: jax.Array) -> jax.Array:
-        """How much each query reads of each frame, mean of the heads: float32 [N, num_queries, window]."""
+        """Attention weights of queries to frames, mean of the heads: float32 [N, num_queries, window]."""
         x = self.self_attention(x, self.self_attention.attention.keys_values(x), None, None)
         return self.cross_attention.attention.weights(x, frames, None).mean(1)
 
@@ -135,7 +135,7 @@ class Adapter(nnx.Module):
         return split_batch(tokens), jnp.repeat(real, config.num_queries, 1)
 
     def attention(self, frames: jax.Array, mask: jax.Array) -> jax.Array:
-        """How much each token reads of each real frame, beside the others in its window: mean of the heads.
+        """Attention weights of each token to the real frames of its window: mean of the heads.
 
         frames [B, T, D] and bool [B, T] -> float32 [layers, B, Q, T]; rows of sum 1, of tokens that are not
         real 0.

@@ -1,4 +1,4 @@
-"""How a data set is made: a TFDS builder whose work is a Beam pipeline over shards.
+"""Makes a data set: a TFDS builder whose work is a Beam pipeline over shards.
 
 Its parts run in the workers, so they are not in the command's own module (prepare.py), unknown there.
 """

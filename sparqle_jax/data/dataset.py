@@ -39,7 +39,7 @@ class Utterance(pydantic.BaseModel, frozen=True, extra="forbid"):
 
     @property
     def duration(self) -> float:
-        """In seconds."""
+        """The length in seconds."""
         return self.num_samples / SAMPLE_RATE
 
 
@@ -209,12 +209,12 @@ class Corpus(Sequence[Utterance]):
         return self.data_sets[number][index]
 
     def samples(self, index: int) -> np.ndarray:
-        """As `DataSet.samples`."""
+        """Reads an utterance as `DataSet.samples` does."""
         number, index = self.locate(index)
         return self.data_sets[number].samples(index)
 
     def locate(self, index: int) -> tuple[int, int]:
-        """Which data set an utterance is in, and its number there."""
+        """The data set that an utterance is in, and its number there."""
         number = bisect.bisect_right(self._ends, index)
         return number, int(index) - (self._ends[number - 1] if number else 0)
 

@@ -1,4 +1,4 @@
-"""What the frozen encoder makes of a corpus, computed once and kept in a file."""
+"""Frames of the frozen encoder for a whole corpus, computed once and kept in a file."""
 
 import fcntl
 import hashlib

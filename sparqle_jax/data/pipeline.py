@@ -1,4 +1,4 @@
-"""From data sets to batches: planned from the lengths, read, normalised, tokenised and padded by Grain.
+"""Makes batches of data sets: planned from the lengths, read, tokenised and padded by Grain.
 
 Batch k is a function of the seed and of k alone, so training goes on anywhere without a saved state of the
 input, and each host makes its own rows of it.
@@ -32,7 +32,7 @@ SKIPPED = "skipped"  # in a batch, bool [B]: which of its records could not be r
 
 
 class Examples(Protocol):
-    """What batches are made of, by number."""
+    """Makes the rows of batches, by number."""
 
     def rows(self, batch: Batch, places: Sequence[int], seed: int) -> Arrays:
         """Some rows of a batch, those at `places` in it. What is random is drawn by seed, batch and place."""
@@ -91,7 +91,7 @@ def batches(
 
 
 def local_rows(sharding: jax.sharding.Sharding, size: int) -> list[int]:
-    """Which rows of an array [size, ...] this host's devices hold, ascending. Raises ValueError when the
+    """The rows of an array [size, ...] that this host's devices hold, ascending. Raises ValueError when the
     sharding can't split so many."""
     held = sharding.addressable_devices_indices_map((size,)).values()
     return sorted({row for (rows,) in held for row in range(size)[rows]})

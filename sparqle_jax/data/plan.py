@@ -1,4 +1,4 @@
-"""Which examples are in which batch: a pure function of the lengths, the seed and the batch's number.
+"""Plans which examples are in which batch: a pure function of the lengths, the seed and the batch's number.
 
 Recordings of about the same length share a batch, padded to the length of their bucket. There is no state but
 the number of the batch, so training goes on anywhere, also on another number of hosts.

@@ -1,4 +1,4 @@
-"""What is in a data set: how much, how long, how it would be cut into batches, what the tokenizer can't read.
+"""Shows a data set: how much, how long, how it would be cut into batches, what the tokenizer can't read.
 
     python -m sparqle_jax.data.show data/mine --tokenizer Meta-Llama-3-8B-Instruct
 
@@ -40,7 +40,7 @@ def bucket_table(plan: BatchPlan) -> str:
 
 
 def token_report(data: DataSet, tokenizer: Any) -> str:
-    """How long the texts are in tokens, and what of them the tokenizer has never seen."""
+    """The lengths of the texts in tokens, and the characters that the tokenizer has never seen."""
     lines = []
     for task in (TRANSCRIBE, *data.languages):
         texts, longest, total, unread = list(data.texts(task)), 0, 0, 0

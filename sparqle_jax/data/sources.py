@@ -67,7 +67,7 @@ class Source(Protocol):
     def records(self) -> Listed: ...
 
     def count_rows(self) -> int:
-        """How many records and rejections there must be, from the lines of the files."""
+        """The number of records and rejections that there must be, from the lines of the files."""
 
 
 def checked(
@@ -526,7 +526,7 @@ def _row(
 
 
 def _filled_lines(file: epath.Path) -> list[bool]:
-    """Which lines of a file are not blank."""
+    """The numbers of the lines of a file that are not blank."""
     with file.open("rb") as lines:
         return [bool(line.strip()) for line in lines]
 

@@ -52,7 +52,7 @@ MINUTES = (
 
 
 def what_next(run: Path, data: Path) -> list[tuple[str, str]]:
-    """What to try after the demo: (what it does, command)."""
+    """Commands to try after the demo: (what it does, command)."""
     say, python = "the concert is on friday the third of may", "python -m sparqle_jax"
     return [
         ("have a sentence of yours spoken", f'{python}.demo.say "{say}"'),
@@ -85,7 +85,7 @@ def make_models(folder: Path, data: Path, seed: int) -> None:
 
 
 def overrides(args: argparse.Namespace, models: Path) -> list[str]:
-    """What the demo changes in configs/tiny.py, as --set takes it."""
+    """The demo's changes of configs/tiny.py, as --set takes them."""
     changes = [
         f"run={args.run}",
         f"seed={args.seed}",
@@ -103,7 +103,7 @@ def overrides(args: argparse.Namespace, models: Path) -> list[str]:
 
 
 def attention_of(sparqle: SparQLe, waveform: np.ndarray) -> dict[str, Any]:
-    """Which frames of a waveform float [S] at 16 kHz each query reads, as the page takes it."""
+    """The frames of a waveform float [S] at 16 kHz that each query reads, as the page takes them."""
     values = sparqle.attention((waveform, audio.SAMPLE_RATE))
     levels = np.round(255 * values / values.max()).astype(np.uint8)
     return {

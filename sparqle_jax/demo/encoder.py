@@ -36,7 +36,7 @@ RECORDINGS = 8000  # of the data set; more would only take longer to label
 
 
 class Predictor(nnx.Module):
-    """What pre-training adds to the encoder: the embedding of masked frames, and an embedding per label."""
+    """The parts that pre-training adds to the encoder: the embedding of masked frames, and one per label."""
 
     def __init__(self, width: int, features: int = 64, *, rngs: nnx.Rngs):
         self.mask_embedding = nnx.Param(jax.random.uniform(rngs.params(), (width,)), axes=(None,))

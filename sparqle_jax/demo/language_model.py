@@ -202,7 +202,7 @@ def train(texts: Texts, config: Any, *, steps: int, batch_size: int, lr: float, 
 
 
 def token_accuracy(llm: nnx.Module, texts: Texts, *, blur: float) -> dict[str, float]:
-    """By language, the share of answers of which every token is the likeliest after the right ones."""
+    """The share of answers, by language, of which every token is the likeliest after the right ones."""
     graph, state = nnx.split(llm)
 
     @jax.jit

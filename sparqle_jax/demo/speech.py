@@ -40,7 +40,7 @@ UNSEEN = ("m5", "m8", "f3", "adam", "belinda", "edward", "Lee", "Mario")
 
 @dataclasses.dataclass(frozen=True)
 class Voice:
-    """How a sentence is spoken: accent of English, variant (whose voice), words per minute, pitch and
+    """The way a sentence is spoken: accent of English, variant (whose voice), words per minute, pitch and
     its range from 0 to 100."""
 
     accent: str = "en-us"

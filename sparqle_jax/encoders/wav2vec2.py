@@ -160,7 +160,7 @@ _RULES = (
 
 
 def table(config: Config) -> Table:
-    """Which tensor of a transformers file is which parameter."""
+    """The parameters, as the tensors of a transformers file."""
     return Table(rules=_RULES, ignored=_IGNORED)
 
 
@@ -402,7 +402,7 @@ class Encoder(nnx.Module):
     def contextualise(
         self, x: jax.Array, frames_mask: jax.Array | None, *, layer: int | None = None
     ) -> jax.Array:
-        """What `features` returns -> frames [B, T, D]: positions, then `layer` layers (None is all)."""
+        """Makes frames [B, T, D] of what `features` returns: positions, then `layer` layers (None is all)."""
         x, _ = self._run(self._add_positions(x, frames_mask), frames_mask, num=layer)
         return self._finish(x) if layer in (None, self.config.num_hidden_layers) else x
 
@@ -421,7 +421,7 @@ class Encoder(nnx.Module):
         return transformer.run(self.layers, x, frames_mask, bias, remat=self.remat, **options)
 
     def _bias(self, num_frames: int) -> jax.Array | None:
-        """What the layers are told of the distances of frames: nothing."""
+        """The bias of the layers' scores by distance: none."""
         return None
 
     def _finish(self, x: jax.Array) -> jax.Array:

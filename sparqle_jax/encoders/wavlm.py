@@ -40,7 +40,7 @@ class Config(wav2vec2.Config):
 
 
 def table(config: Config) -> Table:
-    """Which tensor of a transformers file is which parameter."""
+    """The parameters, as the tensors of a transformers file."""
     layer = "encoder.layers.{i}.attention"
     return wav2vec2.table(config) + Table(
         rules=(

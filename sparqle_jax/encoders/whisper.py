@@ -96,7 +96,7 @@ class Config:
 
 
 def table(config: Config) -> Table:
-    """Which tensor of a transformers file is which parameter."""
+    """The parameters, as the tensors of a transformers file."""
     return Table(
         rules=(
             Rule("conv1.kernel", "conv1.weight", (2, 1, 0)),

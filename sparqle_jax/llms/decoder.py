@@ -37,7 +37,7 @@ DEFAULTS: dict[str, dict[str, int]] = {
 
 @dataclasses.dataclass(frozen=True)
 class RopeScaling:
-    """How rotary frequencies are stretched for contexts longer than those first trained on.
+    """The stretching of rotary frequencies for contexts longer than those first trained on.
 
     type "linear" divides every frequency by `factor`; "llama3" only the low ones, smoothly.
     """
@@ -270,7 +270,7 @@ _TABLE = Table(
 
 
 def table(config: Config) -> Table:
-    """Which tensor of a transformers file is which parameter."""
+    """The parameters, as the tensors of a transformers file."""
     if not config.tie_word_embeddings:
         return _TABLE
     return dataclasses.replace(_TABLE, copies={"lm_head.weight": "model.embed_tokens.weight"})

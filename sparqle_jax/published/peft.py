@@ -133,7 +133,7 @@ def _is_supported(key: str, value: Any) -> bool:
 
 
 def _rank_and_alpha(values: dict[str, Any], module: str, llm: nnx.Module) -> tuple[int, float] | None:
-    """Those that peft gives a module, by its path in the LLM; None where it has no LoRA."""
+    """The rank and alpha that peft gives a module, by its path in the LLM; None where it has no LoRA."""
     targets = values.get("target_modules")
     if targets is None:
         targets = DEFAULT_TARGETS[_part(llm)]
@@ -146,7 +146,7 @@ def _rank_and_alpha(values: dict[str, Any], module: str, llm: nnx.Module) -> tup
 
 
 def _matches(names: str | list[str], module: str) -> bool:
-    """As in peft: a string is a regular expression, and a list has paths or their ends."""
+    """Matches as peft does: a string is a regular expression, and a list has paths or their ends."""
     if isinstance(names, str):
         return re.fullmatch(names, module) is not None
     return any(module == name or module.endswith(f".{name}") for name in names)
@@ -163,7 +163,7 @@ def _part(llm: nnx.Module):
 
 
 def _modules(llm: nnx.Module) -> list[tuple[str, Rule, list[str]]]:
-    """For each linear map that may have LoRA: its target, its kernel's rule, its modules in transformers."""
+    """The linear maps that may have LoRA: target, the kernel's rule, modules in transformers."""
     rules = {rule.target: rule for rule in _part(llm).table(llm.config).rules}
     found = []
     for path, linear in lora.linears(llm).items():

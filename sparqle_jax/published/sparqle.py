@@ -70,7 +70,7 @@ def qformer_table(config: qformer.Config) -> Table:
 
 
 def aligner_table(config: qformer.Config) -> Table:
-    """What the published checkpoint calls the trained parts of an Aligner."""
+    """The trained parts of an Aligner, as the published checkpoint names them."""
     return qformer_table(config).within("adapter.") + Table(
         (
             *linear("heads.speech_projection", "speech_proj"),
@@ -82,7 +82,7 @@ def aligner_table(config: qformer.Config) -> Table:
 
 
 def sparqle_table(config: qformer.Config) -> Table:
-    """What the published checkpoint calls the trained parts of a SpeechLLM."""
+    """The trained parts of a SpeechLLM, as the published checkpoint names them."""
     return qformer_table(config).within("adapter.") + Table(
         (
             Rule("projection.kernel", "llama_proj.weight", (1, 0), others=("llm_proj.weight",)),
