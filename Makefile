@@ -60,8 +60,8 @@ parity: $(VENV)/.ready-parity  ## the same numbers as PyTorch
 fullsize: $(VENV)/.ready-parity  ## full-size towers: HuBERT-large against PyTorch, memory of a 1B LLM
 	$(BIN)/python -m tests.parity.fullsize
 
-bench: $(VENV)/.ready-parity  ## how fast the encoder is, beside PyTorch
-	$(BIN)/python -m benchmarks.encoder
+bench: $(VENV)/.ready-parity  ## how fast the encoder, both stages and decoding are, beside PyTorch
+	$(BIN)/python -m benchmarks
 
 bench-data: $(VENV)/.ready-parity  ## how fast data are read, beside soundfile and PyTorch's DataLoader
 	$(BIN)/python -m benchmarks.data

@@ -155,22 +155,25 @@ def attention(
     query: jax.Array,
     key: jax.Array,
     value: jax.Array,
-    mask: jax.Array | None,
+    mask: jax.Array | None = None,
     *,
+    causal: bool = False,
+    seen_first: bool = False,
     dropout_rate: float = 0.0,
     dropout_key: jax.Array | None = None,
 ) -> jax.Array:
     """Scaled dot-product attention with the softmax in float32.
 
     query [B, T, N, H]; key and value [B, C, K, H], K dividing N; mask bool, broadcastable to
-    [B, N, T, C], True where a query may look; in one that is the same for all queries, [B, 1, 1, C], the
-    keys that are seen come first. Returns [B, T, N, H]. A query that may look nowhere gets finite values,
+    [B, N, T, C], True where a query may look. causal: query i may look at keys 0 to i alone; without dropout.
+    seen_first: the mask is the same for all queries, [B, 1, 1, C], and the keys that are seen come first, so
+    that their number says it all. Returns [B, T, N, H]. A query that may look nowhere gets finite values,
     which are never used.
     """
     if dropout_key is None or dropout_rate == 0.0:
-        if _has_cudnn(query) and (mask is None or mask.shape[1:3] == (1, 1)):
-            return _cudnn_attention(query, key, value, mask)
-        return jax.nn.dot_product_attention(query, key, value, mask=mask)
+        if _has_cudnn(query) and (mask is None or seen_first):
+            return _cudnn_attention(query, key, value, mask, causal)
+        return jax.nn.dot_product_attention(query, key, value, mask=mask, is_causal=causal)
     scores = jnp.einsum("BTNH,BCNH->BNTC", query, key, preferred_element_type=jnp.float32)
     scores *= query.shape[-1] ** -0.5
     if mask is not None:
@@ -190,16 +193,28 @@ def _has_cudnn(query: jax.Array) -> bool:
     return platform in ("gpu", "cuda") and query.dtype in (jnp.bfloat16, jnp.float16) and sizes
 
 
-def _cudnn_attention(query: jax.Array, key: jax.Array, value: jax.Array, mask: jax.Array | None) -> jax.Array:
+def _cudnn_attention(
+    query: jax.Array, key: jax.Array, value: jax.Array, mask: jax.Array | None, causal: bool
+) -> jax.Array:
     """Computes `attention` for a mask bool [B, 1, 1, C] that leaves out the last keys, or none."""
-    lengths = {}
+    (batch, length), odd = query.shape[:2], key.shape[1] % 2
+    if odd and mask is None and not causal:  # a causal one does not see the padding
+        mask = jnp.ones((batch, 1, 1, key.shape[1]), bool)
+    # cuDNN's backward pass takes even lengths alone.
+    query, key, value = (_pad(x, x.shape[1] % 2) for x in (query, key, value))
+    lengths: dict[str, jax.Array] = {}
     if mask is not None:
-        batch = query.shape[0]
         # At least one key, so that an empty row has finite values.
         seen = jnp.maximum(jnp.broadcast_to(mask, (batch, *mask.shape[1:])).sum((1, 2, 3), jnp.int32), 1)
         every = jnp.full(batch, query.shape[1], jnp.int32)
         lengths = dict(query_seq_lengths=every, key_value_seq_lengths=seen)
-    return jax.nn.dot_product_attention(query, key, value, implementation="cudnn", **lengths)
+    options = dict(implementation="cudnn", is_causal=causal)
+    return jax.nn.dot_product_attention(query, key, value, **options, **lengths)[:, :length]
+
+
+def _pad(x: jax.Array, number: int) -> jax.Array:
+    """x [B, T, ...] with so many zeros after its positions."""
+    return jnp.pad(x, ((0, 0), (0, number), *[(0, 0)] * (x.ndim - 2))) if number else x
 
 
 class Attention(nnx.Module):
@@ -256,11 +271,15 @@ class Attention(nnx.Module):
         mask: jax.Array | None,
         dropout_key: jax.Array | None = None,
     ) -> jax.Array:
-        """x [B, T, width], keys and values [B, C, N, H], mask bool [B|1, 1, T|1, C] -> [B, T, width]."""
+        """x [B, T, width], keys and values [B, C, N, H], mask bool [B|1, 1, T|1, C] -> [B, T, width].
+
+        In a mask that is the same for all queries the keys that are seen come first.
+        """
         out = attention(
             self.split_heads(self.query(x)),
             *keys_values,
             mask,
+            seen_first=mask is not None and mask.shape[1:3] == (1, 1),
             dropout_rate=self.dropout_rate,
             dropout_key=dropout_key,
         )

@@ -1,13 +1,22 @@
 import json
 
-from benchmarks import encoder
+from benchmarks import __main__ as bench
 
 
-def test_the_encoder_is_timed(tmp_path, capsys):
-    """Of tiny sizes; with PyTorch where it is there."""
-    output = tmp_path / "encoder.json"
-    assert encoder.main(["--size", "tiny", "--output", str(output)]) == 0
-    assert "HuBERT, 2 x 1 s, float32" in capsys.readouterr().out
+def test_every_work_is_timed(tmp_path, capfd):
+    """With tiny sizes; with PyTorch where it is there."""
+    output = tmp_path / "results.json"
+    assert bench.main(["--size", "tiny", "--output", str(output)]) == 0
     results = json.loads(output.read_text())
-    assert results["ours"].keys() == {"seconds", "compile_seconds", "bytes"}
-    assert results["ours"]["seconds"] > 0
+    assert [row["work"] for row in results["rows"]["ours"]] == [
+        "encoder",
+        "stage1",
+        "stage2",
+        *["decoding"] * 2,
+    ]
+    printed = capfd.readouterr().out
+    for name, rows in results["rows"].items():
+        assert len(rows) == 5
+        for row in rows:
+            assert row["seconds"] > 0
+            assert name == "ours" or f"{name} {1e3 * row['seconds']:.2f} ms" in printed

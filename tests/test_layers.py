@@ -48,7 +48,7 @@ def test_the_fused_one_sees_the_same_keys(rows, monkeypatch):
         return attend(*args, implementation="xla", **options)
 
     def loss(arrays):
-        return jnp.sin(layers.attention(*arrays, mask)).sum()
+        return jnp.sin(layers.attention(*arrays, mask, seen_first=True)).sum()
 
     expected = jax.value_and_grad(loss)((query, key, value))
     monkeypatch.setattr(jax.nn, "dot_product_attention", stand_in)
@@ -56,14 +56,32 @@ def test_the_fused_one_sees_the_same_keys(rows, monkeypatch):
     found = jax.value_and_grad(loss)((query, key, value))
     assert asked == ["cudnn"]
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5), found, expected)
-    empty = layers.attention(query, key, value, np.zeros((3, 1, 1, 7), bool))
+    empty = layers.attention(query, key, value, np.zeros((3, 1, 1, 7), bool), seen_first=True)
     assert np.isfinite(empty).all()
 
 
-def test_a_mask_of_its_own_for_each_query_is_not_fused(monkeypatch):
+@pytest.mark.parametrize("queries", [1, 5])
+def test_a_mask_with_holes_is_not_fused(queries, monkeypatch):
+    """Nor is that of one query over a cache whose prompts are padded on the left, which has the shape of one
+    that is the same for all queries."""
     query, key, value = arrays(jnp.float32)
-    mask = np.random.default_rng(1).random((3, 1, 5, 7)) < 0.5
+    query = query[:, :queries]
+    mask = np.random.default_rng(1).random((3, 1, queries, 7)) < 0.5
     expected = layers.attention(query, key, value, mask)
     monkeypatch.setattr(layers, "_has_cudnn", lambda query: True)
     monkeypatch.setattr(layers, "_cudnn_attention", lambda *_: pytest.fail("fused"))
     np.testing.assert_array_equal(layers.attention(query, key, value, mask), expected)
+
+
+@pytest.mark.parametrize("fused", [False, True])
+def test_causal_attention_is_that_of_a_triangular_mask(fused, monkeypatch):
+    _, key, value = arrays(jnp.float32)
+    attend = jax.nn.dot_product_attention
+    expected = attend(value, key, value, mask=np.tri(7, dtype=bool)[None, None])
+    monkeypatch.setattr(layers, "_has_cudnn", lambda query: fused)
+    monkeypatch.setattr(
+        jax.nn,
+        "dot_product_attention",
+        lambda *args, implementation=None, **options: attend(*args, **options),
+    )
+    np.testing.assert_allclose(layers.attention(value, key, value, causal=True), expected, atol=1e-6)

@@ -335,7 +335,7 @@ def test_test_sets_with_few_references_and_silence_are_evaluated(sparse, capsys)
         ('data.train={"a": {"folder": "A", "weight": 1}, "b": {"folder": "B"}}', "has weights, but not for"),
         ('eval_languages=["it"]', "has no translations into 'it'"),
         ('eval_languages=["klingonish"]', "'klingonish' is neither a language's name nor its code"),
-        ("adapter.hidden=3", "adapter.hidden: there is no such key; valid here: kind, num_queries"),
+        ("adapter.hidden=3", "adapter.hidden: there is no such key; valid here: hidden_size, "),
         ("adapter.max_position_embeddings=4", "make max_position_embeddings larger"),
         ("mesh.data=3", "a mesh of data=3, fsdp=1, model=1 needs 3 devices, but there are 8"),
         ("mesh.fsdp=3", "a mesh of data=-1, fsdp=3, model=1 needs a multiple of 3 devices"),

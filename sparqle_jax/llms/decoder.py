@@ -314,10 +314,13 @@ class DecoderLayer(nnx.Module):
         return rotate(query, cos, sin), rotate(key, cos, sin), value
 
     def attend(
-        self, x: jax.Array, query: jax.Array, key: jax.Array, value: jax.Array, mask: jax.Array
+        self, x: jax.Array, query: jax.Array, key: jax.Array, value: jax.Array, mask: jax.Array | None
     ) -> jax.Array:
-        """Attention and feed-forward with residuals: x [B, L, M], mask bool [B, 1, L, C] -> [B, L, M]."""
-        out = layers.attention(query, key, value, mask)
+        """Attention and feed-forward with residuals: x [B, L, M] -> [B, L, M].
+
+        mask bool [B|1, 1, L, C]; None: causal.
+        """
+        out = layers.attention(query, key, value, mask, causal=mask is None)
         x = x + self.out(out.reshape(*x.shape[:2], -1))
         normed = self.mlp_norm(x)
         return x + self.down(layers.activation(self.activation)(self.gate(normed)) * self.up(normed))
@@ -423,6 +426,11 @@ class LLM(nnx.Module):
         x = self.embed(inputs) if jnp.issubdtype(inputs.dtype, jnp.integer) else inputs
         x = split_batch(x.astype(self.dtype))
         batch, length = x.shape[:2]
+        order = None
+        if cache is None and mask is not None:
+            # Real tokens first: what is seen is then a matter of order alone, as fused attention wants it.
+            order = jnp.argsort(~mask.astype(bool), axis=1, stable=True)
+            x, mask = _rows(x, order), _rows(mask, order)
         mask = jnp.ones((batch, length), bool) if mask is None else mask.astype(bool)
         x = jnp.where(mask[..., None], x, 0)  # a NaN in padding would come through attention's zeros
         if cache is None:
@@ -449,14 +457,17 @@ class LLM(nnx.Module):
         def step(layer, carry, xs):
             x, keys, values = carry
             i, window = xs
-            seen = visible if window is None else visible & (distance < window)
+            if window is None:
+                seen = None if cache is None else visible[:, None]
+            else:
+                seen = (visible & (distance < window))[:, None]
             query, key, value = layer.queries_keys_values(x, cos, sin)
             if cache is not None:
                 at = (i, 0, start, 0, 0)
                 keys = jax.lax.dynamic_update_slice(keys, key[None].astype(keys.dtype), at)
                 values = jax.lax.dynamic_update_slice(values, value[None].astype(values.dtype), at)
                 key, value = keys[i], values[i]
-            x = split_batch(layer.attend(x, query, key, value, seen[:, None]))
+            x = split_batch(layer.attend(x, query, key, value, seen))
             return (x, keys, values), None
 
         windows = None
@@ -470,7 +481,13 @@ class LLM(nnx.Module):
             (x, keys, values), _ = layers.scan(self.layers, step, carry, xs, remat=self.remat)
         if cache is not None:
             cache = KVCache(keys, values, keys_mask, start + length).split()
-        return self.norm(x), cache
+        x = self.norm(x)
+        return x if order is None else _rows(x, jnp.argsort(order, axis=1)), cache
+
+
+def _rows(x: jax.Array, order: jax.Array) -> jax.Array:
+    """The positions of x [B, L, ...] in the order int [B, L]."""
+    return jnp.take_along_axis(x, order.reshape(*order.shape, *[1] * (x.ndim - 2)), 1, mode="clip")
 
 
 def last_real(hidden: jax.Array, mask: jax.Array) -> jax.Array:
