@@ -7,7 +7,7 @@ import sys
 import time
 from collections import deque
 from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from typing import Any
 
@@ -80,7 +80,10 @@ def train(
         if start == config.steps:
             return nnx.merge(graph, state.trained, frozen)
         update = make_update(graph, optimizer, shardings, accumulate=config.summed_parts)
+        began = time.monotonic()
         programs = compile_steps(update, state, frozen, stage, mesh)
+        compiling = time.monotonic() - began
+        hosts.print_once(f"{stage.name}: compiled in {compiling:.0f} s")
         validation = Validation(graph, stage.valid_sets, mesh)
         inputs = batches(
             stage.examples,
@@ -92,8 +95,13 @@ def train(
             sharding=batch_sharding(mesh),
         )
         traced = range(min(start + 3, config.steps), min(start + 2 + profile, config.steps) + 1)
-        running: deque[tuple[int, Any]] = deque()  # steps that the devices may still be at
-        with _signals() as signalled, Log(folder, stage, schedule, programs, start) as log:
+        running: deque[tuple[int, float, Future]] = deque()  # steps that the devices may still be at
+        with (
+            _signals() as signalled,
+            ThreadPoolExecutor(1) as arrivals,
+            Log(folder, stage, schedule, programs, start) as log,
+        ):
+            log.compiled(compiling)
             if config.eval_every and not start:  # finds out as well whether that fits
                 log.validated(0, validation(state.trained, frozen))
 
@@ -101,8 +109,8 @@ def train(
                 """Waits for all steps but the last few, and returns the signal that came with them."""
                 came = 0
                 while len(running) > leave:
-                    step, metrics = running.popleft()
-                    values = {name: float(value) for name, value in jax.device_get(metrics).items()}
+                    step, ready, arrival = running.popleft()
+                    values, done = arrival.result()
                     came = max(came, int(values.pop("signal")))
                     if came == HOST_FAILED:
                         raise failure or HostFailed(
@@ -112,22 +120,22 @@ def train(
                         checkpoints.save(step - 1, state)
                         checkpoints.wait()
                         raise FloatingPointError(_explain(step, values, stage, folder))
-                    log.finished(step, values)
+                    log.finished(step, values, ready, done)
                 return came
 
             failure = None
             for step in range(start + 1, config.steps + 1):
                 program, number = programs[plan.batch(step - 1).bucket], signalled()
                 try:
-                    with log.waiting():
-                        batch = next(inputs) if failure is None else program.blank(mesh)
+                    batch = next(inputs) if failure is None else program.blank(mesh)
                 except CorruptRecord as error:
                     # The others learn it from this step, and meanwhile are in the next one.
                     batch, number, failure = program.blank(mesh), HOST_FAILED, error
+                ready = time.monotonic()
                 if traced and step == traced[0] and hosts.is_first():
                     jax.profiler.start_trace(str(folder / "profile"))
                 state, metrics = program.run(state, frozen, batch, control(mesh, seed, step, number))
-                running.append((step, metrics))
+                running.append((step, ready, arrivals.submit(_arrived, metrics)))
                 save = step % config.save_every == 0 or step == config.steps
                 last_traced = bool(traced) and step == traced[-1]
                 # While a step runs the next one waits on the device, and no more: a signal is known soon.
@@ -139,12 +147,14 @@ def train(
                     scores = None
                     if config.eval_every and step % config.eval_every == 0:
                         scores = log.validated(step, validation(state.trained, frozen))
-                    log.flush()
-                    checkpoints.save(step, state, scores)
+                    with log.saving(step):
+                        log.flush()
+                        checkpoints.save(step, state, scores)
+                        if step == config.steps or came:
+                            checkpoints.wait()
                 if step == config.steps:
                     came = max(came, hosts.max_over_hosts(signalled()))
                 if came:
-                    checkpoints.wait()
                     raise Stopped(f"{stage.name} stopped at step {step} of {config.steps}", came)
     return nnx.merge(graph, state.trained, frozen)
 
@@ -154,7 +164,7 @@ def compile_steps(
 ) -> list[Program]:
     """A program for each bucket. Compiled ahead, so that a batch of another shape is an error, and not
     another minute of compiling; all at once, as the compiler uses few cores for one."""
-    began, steps = time.monotonic(), []
+    steps = []
     for batch in stage.plan.one_of_each():
         hosts.print_once(
             f"{stage.name}: compiling a step of {len(batch.indices)} recordings of up to "
@@ -166,9 +176,14 @@ def compile_steps(
             traced = update.trace(state, frozen, arrays, control(mesh, 0, 1, 0))
             steps.append((traced.lower(), flops.count(traced.jaxpr).model, arrays))
     with ThreadPoolExecutor(os.cpu_count()) as pool:
-        programs = list(pool.map(lambda step: Program(step[0].compile(), *step[1:]), steps))
-    hosts.print_once(f"{stage.name}: compiled in {time.monotonic() - began:.0f} s")
-    return programs
+        return list(pool.map(lambda step: Program(step[0].compile(), *step[1:]), steps))
+
+
+def _arrived(metrics: dict[str, jax.Array]) -> tuple[dict[str, float], float]:
+    """The metrics of a step as soon as it is done, and when that was. In a thread of its own: the one that
+    hands over the next steps would see it late."""
+    values = {name: float(value) for name, value in jax.device_get(metrics).items()}
+    return values, time.monotonic()
 
 
 def abstract_batch(examples: Examples, batch: Batch, mesh: Mesh) -> dict[str, jax.ShapeDtypeStruct]:

@@ -1,5 +1,6 @@
 """The numbers of a run as it goes: progress bar, metrics.jsonl, TensorBoard, losses on validation sets."""
 
+import datetime
 import json
 import sys
 import time
@@ -57,8 +58,17 @@ class Validation:
         return {key: float(np.average([row[key] for row in rows], weights=weights)) for key in rows[0]}
 
 
+ESTIMATE_AFTER = 10  # steps, when the time left is first said
+
+
 class Log:
-    """The numbers of a run as it goes: progress bar, metrics.jsonl and TensorBoard, on the first host."""
+    """The numbers of a run as it goes: progress bar, metrics.jsonl and TensorBoard, on the first host.
+
+    Times are those of the devices: a step takes from when its batch was there and the step before it was done
+    to when its metrics have arrived. `seconds` of a row are all since the row before, with waiting for data
+    (`data_wait` is its share) and without saves and validation, which have rows of their own; together they
+    are the time that the run took.
+    """
 
     def __init__(
         self,
@@ -89,11 +99,12 @@ class Log:
             mininterval=0.5,
             disable=not hosts.is_first(),
         )
+        self.start, self.trained = start, 0.0  # seconds, of all steps so far
+        self.done = time.monotonic()  # when the last step, save or validation ended
         self._begin()
 
     def _begin(self) -> None:
-        self.began, self.steps, self.samples, self.padded, self.flops = time.monotonic(), 0, 0, 0, 0
-        self.waited = 0.0
+        self.steps, self.samples, self.padded, self.flops, self.seconds, self.waited = 0, 0, 0, 0, 0.0, 0.0
 
     def __enter__(self) -> "Log":
         return self
@@ -109,15 +120,30 @@ class Log:
         if self.board is not None and not commands.can_append(self.file):
             commands.write_text(self.file, "".join(self.lines))
 
-    @contextmanager
-    def waiting(self) -> Iterator[None]:
-        """Counts the time within as waiting for data."""
-        began = time.monotonic()
-        yield
-        self.waited += time.monotonic() - began
+    def compiled(self, seconds: float) -> None:
+        """Writes how long compiling took, before the first step."""
+        self._write(self.start, {"compile_seconds": seconds})
 
-    def finished(self, step: int, values: dict[str, float]) -> None:
-        """Counts a step, and writes every `log_every`th and the last: its metrics, and the speed since."""
+    @contextmanager
+    def saving(self, step: int) -> Iterator[None]:
+        """Writes how long training waits for a checkpoint, within."""
+        yield
+        self._write(step, {"save_seconds": self._since()})
+
+    def _since(self) -> float:
+        """Seconds since the last step, save or validation ended, of which the next one is not a part."""
+        before, self.done = self.done, time.monotonic()
+        return self.done - before
+
+    def finished(self, step: int, values: dict[str, float], ready: float, done: float) -> None:
+        """Counts a step, and writes every `log_every`th and the last: its metrics, and the speed since.
+
+        ready, done: when its batch was there and when its metrics had arrived, by time.monotonic.
+        """
+        self.waited += max(0.0, ready - self.done)
+        self.seconds += done - self.done
+        self.trained += done - self.done
+        self.done = done
         planned = self.stage.plan.batch(step - 1)
         self.steps += 1
         self.samples += int(self.stage.plan.num_samples[planned.indices].sum())
@@ -125,11 +151,14 @@ class Log:
         self.flops += self.programs[planned.bucket].model_flops
         self.skipped += int(values.pop("skipped"))
         self.bar.update()
+        if step - self.start == ESTIMATE_AFTER:
+            self._say_time_left(step)
         if step % self.stage.config.log_every and step < self.stage.config.steps:
             return
-        seconds = max(time.monotonic() - self.began, 1e-9)
+        seconds = max(self.seconds, 1e-9)
         speed = {
-            "step_seconds": seconds / self.steps,
+            "seconds": self.seconds,
+            "step_seconds": (self.seconds - self.waited) / self.steps,
             "data_wait": self.waited / seconds,
             "audio_seconds_per_second": self.samples / audio.SAMPLE_RATE / seconds,
             "model_tflops_per_second": self.flops / seconds / 1e12,
@@ -154,12 +183,17 @@ class Log:
     def validated(self, step: int, losses: dict[str, dict[str, float]]) -> dict[str, float]:
         """Writes the losses on validation sets, and their mean, valid_loss, which it returns."""
         row = {"valid_loss": float(np.mean([parts["loss"] for parts in losses.values()]))}
-        self._write(
-            step, row | {f"valid/{name}/{k}": v for name, parts in losses.items() for k, v in parts.items()}
-        )
-        self._begin()  # the time that this took is no step's
+        by_set = {f"valid/{name}/{k}": v for name, parts in losses.items() for k, v in parts.items()}
+        self._write(step, row | by_set | {"valid_seconds": self._since()})
         self.bar.write(f"step {step}: valid_loss {row['valid_loss']:.4f}", file=sys.stderr)
         return row
+
+    def _say_time_left(self, step: int) -> None:
+        seconds = self.trained / (step - self.start) * (self.stage.config.steps - step)
+        left = datetime.timedelta(seconds=round(seconds))
+        self.bar.write(
+            f"{self.stage.name}: about {left} (h:mm:ss) left, without saves and validation", file=sys.stderr
+        )
 
     def _write(self, step: int, row: dict[str, float]) -> None:
         if self.board is None:

@@ -7,15 +7,18 @@ import shutil
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
+from types import SimpleNamespace
+from typing import ClassVar
 
 import jax
 import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
+from sparqle_jax import loop, train
 from sparqle_jax import metrics as metrics_module
-from sparqle_jax import train
 from sparqle_jax.config import read_config
 from sparqle_jax.data.dataset import CorruptRecord, DataSet
 from sparqle_jax.data.plan import BatchPlan, choose_buckets
@@ -69,21 +72,40 @@ def arguments(run: Path, world: Path, *more: str) -> list[str]:
     return [CONFIG, *(arg for change in (*changes, *more) for arg in ("--set", change))]
 
 
+class TimedLog(metrics_module.Log):
+    """A Log, and by its stage how long it was in use."""
+
+    lasted: ClassVar[dict[str, float]] = {}
+
+    def __enter__(self):
+        self.entered = time.monotonic()
+        return super().__enter__()
+
+    def __exit__(self, *args):
+        self.lasted[self.stage.name] = time.monotonic() - self.entered
+        super().__exit__(*args)
+
+
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory, small_world) -> Path:
     """A run that was never stopped."""
     run = tmp_path_factory.mktemp("runs") / "whole"
-    assert train.main([*arguments(run, small_world), "--profile", "1"]) == 0
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(loop, "Log", TimedLog)
+        assert train.main([*arguments(run, small_world), "--profile", "1"]) == 0
     return run
 
 
 SPEED = {"step_seconds", "data_wait", "audio_seconds_per_second", "model_tflops_per_second"}
+TIMES = {"seconds", "save_seconds", "valid_seconds"}
+SPEED |= TIMES | {"compile_seconds"}
 
 
 def metrics(run: Path, stage: str) -> list[dict]:
     """What was written of each step, but for how fast it was."""
     rows = [json.loads(line) for line in (run / stage / "metrics.jsonl").read_text().splitlines()]
-    return [{k: v for k, v in row.items() if k not in SPEED} for row in rows]
+    rows = [{k: v for k, v in row.items() if k not in SPEED} for row in rows]
+    return [row for row in rows if row.keys() != {"step"}]
 
 
 def test_a_run_leaves_what_it_promises(whole):
@@ -105,6 +127,43 @@ def test_a_run_leaves_what_it_promises(whole):
     assert rows[0]["loss"] == pytest.approx(sum(rows[0][part] for part in ("stc", "stm", "stg")), rel=1e-5)
 
 
+@pytest.mark.parametrize("stage", ["stage1", "stage2"])
+def test_times_are_all_of_the_time(stage, whole):
+    """Steps and saves together are the time that the stage took, each counted once."""
+    rows = [json.loads(line) for line in (whole / stage / "metrics.jsonl").read_text().splitlines()]
+    parts = {key: sum(row.get(key, 0) for row in rows) for key in TIMES}
+    assert sum(parts.values()) == pytest.approx(TimedLog.lasted[stage], rel=0.02)
+    assert parts["save_seconds"] > 0
+    for row in rows:
+        assert ("seconds" in row) == ("loss" in row)
+        if "seconds" in row:  # of one step each
+            assert row["step_seconds"] == pytest.approx((1 - row["data_wait"]) * row["seconds"])
+
+
+def test_a_step_takes_from_its_batch_to_its_metrics(tmp_path, monkeypatch):
+    """By hand: the second batch comes late, the fourth step after a save, and a row has two steps."""
+    batch = SimpleNamespace(indices=np.arange(2), num_samples=16_000, bucket=0)
+    plan = SimpleNamespace(batch=lambda number: batch, num_samples=np.full(2, 8_000))
+    stage = SimpleNamespace(name="stage2", config=SimpleNamespace(steps=4, log_every=2), plan=plan)
+    now = iter([100.0, 116.0])
+    monkeypatch.setattr(metrics_module, "time", SimpleNamespace(monotonic=lambda: next(now)))
+    programs = [SimpleNamespace(model_flops=6e12)]
+    with metrics_module.Log(tmp_path, stage, lambda step: 0.1, programs, 0) as log:
+        for step, ready, done in ((1, 101.0, 103.0), (2, 105.0, 107.0), (3, 106.0, 110.0)):
+            log.finished(step, {"loss": 1.0, "skipped": 0}, ready, done)
+        with log.saving(3):
+            pass
+        log.finished(4, {"loss": 1.0, "skipped": 0}, 109.0, 118.0)
+    first, save, second = (json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines())
+    assert save == {"step": 3, "save_seconds": 6.0}
+    for row, seconds, waited in ((first, 7.0, 3.0), (second, 5.0, 0.0)):
+        assert row["seconds"] == seconds
+        assert row["step_seconds"] == (seconds - waited) / 2
+        assert row["data_wait"] == waited / seconds
+        assert row["audio_seconds_per_second"] == 2 * 1.0 / seconds
+        assert row["model_tflops_per_second"] == pytest.approx(2 * 6 / seconds)
+
+
 def test_the_adapter_left_is_the_one_trained(whole):
     adapter = load_file(whole / "stage2" / "adapter.safetensors")
     stage1 = load_file(whole / "stage1" / "adapter.safetensors")
@@ -118,9 +177,9 @@ def test_stopped_and_killed_it_ends_with_the_same_numbers(whole, small_world, tm
     run = tmp_path / "stopped"
     write = metrics_module.Log._write
 
-    def write_and_stop(self, step, *args):
-        write(self, step, *args)
-        if step == 2:
+    def write_and_stop(self, step, row):
+        write(self, step, row)
+        if step == 2 and "loss" in row:
             signal.raise_signal(signal.SIGINT)
 
     with monkeypatch.context() as patch:

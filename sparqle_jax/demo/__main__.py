@@ -135,7 +135,7 @@ def utterance_card(
 def curve(file: Path) -> list[list[float]]:
     """Steps and losses of a metrics.jsonl."""
     rows = [json.loads(line) for line in file.read_text().splitlines()]
-    return [[row["step"], row["loss"]] for row in rows]
+    return [[row["step"], row["loss"]] for row in rows if "loss" in row]
 
 
 def report(config: Config, data: Path, models: dict[str, tuple[Path, str]]) -> None:

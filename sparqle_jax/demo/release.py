@@ -41,7 +41,7 @@ def to_float16(source: Path, target: Path) -> None:
     save_file(halves, target, metadata)
 
 
-def ship_model(stage: Path, name: str) -> None:
+def release_model(stage: Path, name: str) -> None:
     """A model folder with the curve of its training, thinned out."""
     folder = MODELS / name
     folder.mkdir(parents=True, exist_ok=True)
@@ -50,6 +50,7 @@ def ship_model(stage: Path, name: str) -> None:
     towers = {"encoder": {"folder": "../hubert"}, "llm": {"folder": "../llm"}}
     (folder / "config.json").write_text(json.dumps(settings | towers, indent=2) + "\n")
     lines = (stage / "metrics.jsonl").read_text().splitlines()
+    lines = [line for line in lines if "loss" in json.loads(line)]
     kept = lines[:: max(1, len(lines) // CURVE_POINTS)]
     (folder / "metrics.jsonl").write_text("".join(line + "\n" for line in kept))
 
@@ -64,7 +65,7 @@ def main(argv: list[str] | None = None) -> None:
     for name in ("hubert", "llm", "words"):
         shutil.copytree(run / "models" / name, MODELS / name, dirs_exist_ok=True)
     to_float16(run / "stage1" / "adapter.safetensors", MODELS / "stage1.safetensors")
-    ship_model(run / "stage2", "sparqle")
+    release_model(run / "stage2", "sparqle")
     results = json.loads((run / "results.json").read_text())
     if study is not None:
         results |= json.loads((study / "results.json").read_text())
