@@ -29,7 +29,7 @@ import numpy as np
 from etils import epath
 from flax import nnx
 
-from sparqle_jax import assemble, audio, commands, hosts, loop, pretrained, prompts, stages, tensors
+from sparqle_jax import assemble, audio, commands, hosts, loop, owner, pretrained, prompts, stages, tensors
 from sparqle_jax.aligner import Aligner
 from sparqle_jax.checkpoint import CheckpointError, differences, fingerprint
 from sparqle_jax.config import Config, StageConfig, read_config
@@ -72,6 +72,7 @@ class Run:
             "config": _frozen_keys(config.model_dump(mode="json")),
             "data": [data_set.fingerprint for data_set in corpus.data_sets],
         }
+        owner.check(config.run)
         _check_folder(config.run, self.identity)
         _check_writable(config.run)
         rngs = nnx.Rngs(config.seed)
@@ -130,11 +131,12 @@ class Run:
         if (start := config.init_from) is not None:
             self.identity["init_from"] = {"hash": tensors.hash_of(start), "path": str(start)}
         _check_folder(config.run, self.identity)
+        self.release = _claim_folder(config, self.identity)
+        _check_folder(config.run, self.identity)  # of what another command has begun in the meantime
         if config.data.frames is not None:
             frames = keep_frames(config.data.frames, speech, encoder)
             for stage in self.stages:
                 stage.examples.speech = frames
-        _claim_folder(config, self.identity)
 
     def _check_window(self) -> None:
         """Raises ValueError for recordings longer than the encoder hears at once."""
@@ -301,17 +303,27 @@ def _check_writable(folder: epath.Path) -> None:
         ) from error
 
 
-def _claim_folder(config: Config, identity: dict[str, Any]) -> None:
-    """The first host writes down which run the folder holds. Raises ValueError, on all hosts, when it can't,
-    and when the others do not see it."""
-    failed = ""
-    if hosts.is_first() and not (config.run / IDENTITY).is_file():
+def _claim_folder(config: Config, identity: dict[str, Any]) -> Callable[[], None]:
+    """The first host claims the folder for all, and writes down which run it holds; the function returned
+    gives it back.
+
+    Raises ValueError, on all hosts, when the folder is another's, when nothing can be written there, and when
+    the others do not see it.
+    """
+    failed, owned, release = "", None, lambda: None
+    if hosts.is_first():
         try:
             config.run.mkdir(parents=True, exist_ok=True)
-            commands.write_text(config.run / "config.json", config.model_dump_json(indent=2) + "\n")
-            commands.write_text(config.run / IDENTITY, json.dumps(identity, indent=1) + "\n")
+            release = owner.claim(config.run)
+            if not (config.run / IDENTITY).is_file():
+                commands.write_text(config.run / "config.json", config.model_dump_json(indent=2) + "\n")
+                commands.write_text(config.run / IDENTITY, json.dumps(identity, indent=1) + "\n")
+        except owner.OwnedError as error:
+            owned = error
         except Exception as error:  # of a disk, or of a bucket's library
             failed = f": {error}"
+    if hosts.max_over_hosts(owned is not None):
+        raise owned or ValueError(f"another command trains into run={config.run}: see the first host.")
     if hosts.max_over_hosts(bool(failed)):
         raise ValueError(f"nothing can be written to run={config.run}{failed}. Choose another: --set run=.")
     if hosts.max_over_hosts(not (config.run / IDENTITY).is_file()):
@@ -319,6 +331,7 @@ def _claim_folder(config: Config, identity: dict[str, Any]) -> None:
             f"run={config.run} is not the same folder on all hosts: give one that all of them reach, such as "
             "--set run=gs://BUCKET/RUN, or a disk that they share."
         )
+    return release
 
 
 def _stage_folder(config: Config, name: str) -> epath.Path:
@@ -397,6 +410,8 @@ def main(argv: list[str] | None = None) -> int:
             raise
         print(f"{config.run} can't be written to: {error}", file=sys.stderr)
         return FAILED
+    finally:
+        run.release()
     hosts.print_once(f"done: {config.run}")
     return 0
 

@@ -43,9 +43,21 @@ class Bucket:
                     self.answer(json.dumps(self.about(file)).encode())
 
             def do_POST(self):
-                """An upload: the first request gets an address, to which the content is sent in parts."""
+                """An upload: the first request gets an address, to which the content is sent in parts; or all
+                of it comes in one request, which may ask that there is no such object yet."""
                 url, body = urlsplit(self.path), self.rfile.read(int(self.headers["Content-Length"]))
-                name = parse_qs(url.query)["name"][0]
+                query = parse_qs(url.query)
+                if query.get("uploadType") == ["multipart"]:
+                    _, about, content, _ = body.split(b"--==0==")
+                    file = folder / json.loads(about.split(b"\n\n", 1)[1])["name"]
+                    if query.get("ifGenerationMatch") == ["0"] and file.exists():
+                        self.answer(b"{}", 412)
+                        return
+                    file.parent.mkdir(parents=True, exist_ok=True)
+                    file.write_bytes(content.split(b"\n\n", 1)[1].removesuffix(b"\n"))
+                    self.answer(json.dumps(self.about(file)).encode())
+                    return
+                name = query["name"][0]
                 if url.path != "/content":
                     parts[name] = b""
                     self.answer(
@@ -60,6 +72,12 @@ class Bucket:
                 file.parent.mkdir(parents=True, exist_ok=True)
                 file.write_bytes(parts.pop(name))
                 self.answer(json.dumps(self.about(file)).encode())
+
+            def do_DELETE(self):
+                file = folder / unquote(urlsplit(self.path).path.partition("/bucket/o/")[2])
+                status = 204 if file.is_file() else 404
+                file.unlink(missing_ok=True)
+                self.answer(b"", status)
 
             def about(self, file: Path) -> dict:
                 name = str(file.relative_to(folder))

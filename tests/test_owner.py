@@ -1,0 +1,141 @@
+"""Who trains into a folder: on a disk, in a bucket, and through the command."""
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from etils import epath
+
+from sparqle_jax import owner
+from tests.bucket import Bucket
+from tests.test_train import arguments
+
+HOLDER = """
+import sys, time
+from etils import epath
+from sparqle_jax import owner
+release = owner.claim(epath.Path(sys.argv[1]))
+print("claimed", flush=True)
+time.sleep(600)
+"""
+
+
+def hold(folder: Path) -> subprocess.Popen:
+    """A process that has claimed the folder."""
+    process = subprocess.Popen([sys.executable, "-c", HOLDER, str(folder)], stdout=subprocess.PIPE, text=True)
+    assert process.stdout.readline() == "claimed\n"
+    return process
+
+
+def test_a_lock_says_who_has_it_and_ends_with_its_process(tmp_path):
+    folder = epath.Path(tmp_path)
+    owner.check(folder)
+    assert not list(tmp_path.iterdir())
+    process = hold(tmp_path)
+    try:
+        for ask in (owner.check, owner.claim):
+            with pytest.raises(owner.OwnedError) as raised:
+                ask(folder)
+            assert f"process {process.pid} on {socket.gethostname()}, since 20" in str(raised.value)
+            assert "choose another folder with --set run=FOLDER" in str(raised.value)
+    finally:
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+    owner.check(folder)
+    release = owner.claim(folder)
+    assert json.loads((tmp_path / owner.FILE).read_text())["process"] == os.getpid()
+    release()
+    process = hold(tmp_path)
+    process.kill()
+
+
+@pytest.fixture
+def bucket(tmp_path, monkeypatch) -> Path:
+    Bucket(tmp_path).use(monkeypatch)
+    monkeypatch.setattr(owner, "RENEWAL", 0.1)
+    monkeypatch.setattr(owner, "STALE", 1.0)
+    return tmp_path
+
+
+@pytest.mark.usefixtures("bucket")
+class TestLease:
+    FOLDER = epath.Path("gs://bucket/run")
+
+    def test_one_that_is_renewed_is_anothers(self, capsys):
+        release = owner.claim(self.FOLDER)
+        with pytest.raises(owner.OwnedError, match=rf"process {os.getpid()} on .* since 20"):
+            owner.claim(self.FOLDER)
+        assert "has had an owner: is it alive? Up to 1 s" in capsys.readouterr().err
+        release()
+        owner.claim(self.FOLDER)()
+
+    def test_what_is_given_back_is_gone(self, bucket):
+        owner.claim(self.FOLDER)()
+        assert not (bucket / "run" / owner.FILE).exists()
+
+    def test_one_that_is_not_renewed_is_taken_over_and_its_owner_ends(self, monkeypatch, capsys):
+        """As after a kill; and if it was only slow, it must not write any more."""
+        ended = []
+        monkeypatch.setattr(owner.os, "_exit", ended.append)
+        monkeypatch.setattr(owner, "RENEWAL", 2.5)
+        owner.claim(self.FOLDER)
+        monkeypatch.setattr(owner, "RENEWAL", 0.1)
+        release = owner.claim(self.FOLDER)
+        deadline = time.monotonic() + 10
+        while not ended and time.monotonic() < deadline:
+            time.sleep(0.05)
+        assert ended[0] == owner.LOST
+        assert "another process has taken over run=gs://bucket/run" in capsys.readouterr().err
+        monkeypatch.setattr(owner, "RENEWAL", 0.0)
+        release()
+
+    def test_of_two_that_come_at_once_one_has_it(self, monkeypatch):
+        """The second sees no lease, and then there is one: the bucket itself refuses a second object."""
+        release = owner.claim(self.FOLDER)
+        monkeypatch.setattr(owner.fsspec.core, "url_to_fs", blind(owner.fsspec.core.url_to_fs))
+        with pytest.raises(owner.OwnedError):
+            owner.claim(self.FOLDER)
+        release()
+
+
+def blind(url_to_fs):
+    """File systems that at the first look see no file."""
+
+    def open_blind(url: str):
+        fs, path = url_to_fs(url)
+        read, looks = fs.cat_file, iter([True])
+
+        class Blind:
+            def __getattr__(self, name):
+                return getattr(fs, name)
+
+            def cat_file(self, path):
+                if next(looks, False):
+                    raise FileNotFoundError(path)
+                return read(path)
+
+        return Blind(), path
+
+    return open_blind
+
+
+@pytest.mark.slow
+def test_the_second_command_ends_at_once_and_the_first_goes_on(small_world, tmp_path):
+    run = tmp_path / "run"
+    changes = arguments(run, small_world, "stage1=null", "stage2.steps=40", "stage2.evaluate=false")
+    command = [sys.executable, "-m", "sparqle_jax.train", *changes]
+    first = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    while first.poll() is None and not (run / "stage2" / "metrics.jsonl").is_file():
+        time.sleep(0.1)
+    second = subprocess.run(command, capture_output=True, text=True)
+    assert second.returncode == 2
+    assert f"process {first.pid} on {socket.gethostname()}" in second.stderr
+    assert first.wait() == 0, first.stdout.read()
+    steps = [json.loads(line)["step"] for line in (run / "stage2" / "metrics.jsonl").read_text().splitlines()]
+    assert max(steps) == 40
