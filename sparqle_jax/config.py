@@ -48,7 +48,8 @@ class Model(pydantic.BaseModel, frozen=True, extra="forbid", strict=True):
 
 class OptimConfig(Model):
     """AdamW with weight decay on matrices; after a linear warm-up a cosine or a line down to
-    `final_lr_factor` * lr, or lr throughout.
+    `final_lr_factor` * lr, or lr throughout ("constant") but for the last `cooldown_steps`, in which it falls
+    in a line: a constant run can so be cooled down from several of its steps (see `Config.start`).
 
     A run of no more than `warmup_steps` steps has its warm-up on all but its last.
     """
@@ -57,10 +58,17 @@ class OptimConfig(Model):
     schedule: Literal["cosine", "linear", "constant"] = "cosine"
     warmup_steps: Annotated[int, pydantic.Field(ge=0)] = 1000
     final_lr_factor: Annotated[float, pydantic.Field(ge=0, le=1)] = 0.01
+    cooldown_steps: pydantic.NonNegativeInt = 0
     b1: Share = 0.9
     b2: Share = 0.98
     weight_decay: Annotated[float, pydantic.Field(ge=0)] = 0.05
     clip_norm: Annotated[float, pydantic.Field(gt=0)] = 1.0
+
+    @pydantic.model_validator(mode="after")
+    def _cools_down_from_a_constant(self) -> "OptimConfig":
+        if self.cooldown_steps and self.schedule != "constant":
+            raise ValueError(f"cooldown_steps={self.cooldown_steps} needs schedule='constant'")
+        return self
 
 
 class MeshConfig(Model):
@@ -223,7 +231,8 @@ class Config(Model):
 
     adapter: which one, by `kind`, and its sizes; None: that of `init_from`, or else the paper's Q-Former.
     init_from: a file that training saved, a checkpoint with the published names, or a BERT folder for a
-    Q-Former to start from; None begins at random.
+    Q-Former to start from; None begins at random. start: RUN or RUN@STEP, the folder of another run whose
+    full state this one begins with, at that step or its last: weights, moments, steps, place in the data.
 
     eval_languages: into which to translate when evaluating; the adapter need not have been trained for them.
     max_new_tokens: of an answer, when evaluating and in the model folder that stage 2 leaves. speech_pad:
@@ -238,6 +247,7 @@ class Config(Model):
     data: DataConfig
     adapter: adapters.Config | None = None
     init_from: Path | None = None
+    start: str | None = None
     stage1: Stage1Config | None = None
     stage2: Stage2Config | None = None
     eval_languages: tuple[str, ...] = ()

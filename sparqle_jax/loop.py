@@ -27,6 +27,7 @@ from sparqle_jax.metrics import Log, Validation
 from sparqle_jax.model import partition
 from sparqle_jax.sharding import MESH_AXES, batch_sharding, state_sharding
 from sparqle_jax.stages import Stage
+from sparqle_jax.start import Start
 from sparqle_jax.step import Program, TrainState, abstract_state, make_optimizer, make_update, state_shardings
 
 HOST_FAILED = 1000  # a "signal", larger than all, by which a host tells the others that it can't go on
@@ -52,13 +53,15 @@ def train(
     *,
     seed: int,
     identity: dict[str, Any],
+    start_from: Start | None = None,
     workers: int = 0,
     profile: int = 0,
 ) -> nnx.Module:
     """The model after `stage.config.steps` steps, from the last checkpoint in `folder` if there is one.
 
-    The model given can't be used any more. identity: of the run (see `Checkpoints`). profile: how many steps
-    to trace for xprof, from the third on. All hosts call this together.
+    The model given can't be used any more. identity: of the run (see `Checkpoints`). start_from: the state to
+    begin with when there is no checkpoint; None: the model as given, before its first step. profile: how
+    many steps to trace for xprof, from the third on. All hosts call this together.
     Raises Stopped after Ctrl-C or SIGTERM on any host, when a checkpoint is saved; FloatingPointError for a
     loss or gradient that is not finite, when the state before that step is saved; CheckpointError and
     CorruptRecord; ValueError for a checkpoint of another run.
@@ -70,6 +73,8 @@ def train(
     frozen = jax.device_put(frozen, state_sharding(frozen, mesh))
     with Checkpoints(folder / "checkpoints", identity, keep=config.keep) as checkpoints:
         state = checkpoints.restore(abstract_state(trained, optimizer, shardings))
+        if state is None and start_from is not None:
+            state = start_from.load(abstract_state(trained, optimizer, shardings))
         if state is None:
             trained = jax.device_put(trained, shardings.trained)
             moments = jax.jit(optimizer.init, out_shardings=shardings.optimizer)(trained)

@@ -43,11 +43,10 @@ from sparqle_jax.sharding import (
     replicated,
     state_sharding,
 )
-from sparqle_jax.stages import make_plan
+from sparqle_jax.stages import STAGES, make_plan
 from sparqle_jax.step import TrainState, abstract_state, make_optimizer, make_update, state_shardings
 
 GIB = 2**30
-STAGES = ("stage1", "stage2")
 # Tokens around the speech, which a tokenizer would tell; of a text, where the configuration is silent.
 PROMPT_TOKENS, TEXT_TOKENS = (48, 16), 128
 BERT_VOCABULARY = 30523  # of bert-base-uncased, and [DEC]

@@ -72,7 +72,8 @@ class ModelConfig(pydantic.BaseModel, frozen=True, extra="forbid", populate_by_n
     max_seconds: the longest waveform that the model hears at once. max_new_tokens: of an answer to one.
     speech_pad: seconds of silence that are left before and after speech (see `audio.cut`).
     dtype: of matrix products and of the towers. compat, system: see `Prompter`. generation: settings of
-    `GenerationConfig` that are not its defaults.
+    `GenerationConfig` that are not its defaults. ancestry: the runs whose state it was trained from, the
+    latest first.
     """
 
     encoder: Tower
@@ -84,6 +85,7 @@ class ModelConfig(pydantic.BaseModel, frozen=True, extra="forbid", populate_by_n
     compat: Compat = None
     system: str | None = None
     generation: dict[str, Any] = {}
+    ancestry: tuple[str, ...] = ()
 
 
 @dataclasses.dataclass(frozen=True)

@@ -11,6 +11,8 @@ from sparqle_jax.data.pipeline import AlignmentExamples, Examples, InstructionEx
 from sparqle_jax.data.plan import BatchPlan, choose_buckets
 from sparqle_jax.tasks import TRANSCRIBE, check_tasks, have_any
 
+STAGES = ("stage1", "stage2")  # in their order
+
 
 @dataclasses.dataclass
 class Stage:

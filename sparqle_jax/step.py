@@ -31,12 +31,18 @@ class TrainState:
 def make_optimizer(config: OptimConfig, steps: int) -> tuple[optax.GradientTransformation, optax.Schedule]:
     """AdamW as the configuration says, and its learning rate by step."""
     warmup = min(config.warmup_steps, steps - 1)
+    final = config.final_lr_factor * config.lr
     falling = {
         "cosine": optax.cosine_decay_schedule(config.lr, steps - warmup, config.final_lr_factor),
-        "linear": optax.linear_schedule(config.lr, config.final_lr_factor * config.lr, steps - warmup),
+        "linear": optax.linear_schedule(config.lr, final, steps - warmup),
         "constant": optax.constant_schedule(config.lr),
     }[config.schedule]
-    schedule = optax.join_schedules([optax.linear_schedule(0.0, config.lr, warmup), falling], [warmup])
+    parts, begins = [optax.linear_schedule(0.0, config.lr, warmup), falling], [warmup]
+    if config.cooldown_steps:
+        cooldown = min(config.cooldown_steps, steps - warmup)
+        parts.append(optax.linear_schedule(config.lr, final, cooldown))
+        begins.append(steps - cooldown)
+    schedule = optax.join_schedules(parts, begins)
 
     def is_matrix(trained: nnx.State) -> nnx.State:
         return nnx.map_state(lambda path, variable: variable.replace(path[-1] == "kernel"), trained)

@@ -44,12 +44,13 @@ from sparqle_jax.model import SpeechLLM, min_samples, partition
 from sparqle_jax.scores import silence_line, table, without_speech
 from sparqle_jax.sharding import batch_parts, make_mesh
 from sparqle_jax.sparqle import ModelConfig, SparQLe, Tower
+from sparqle_jax.start import Start, find, lines
 from sparqle_jax.tasks import TRANSCRIBE, check_tasks, have_any
 
 IDENTITY = "identity.json"  # in the run's folder: what must be the same when it goes on
 # Keys of the configuration that may be others when a run goes on; of folders, their contents are compared.
 FREE = (
-    r"run|speech_pad|mesh\..*|encoder\.folder|llm|init_from|stage1\.tokenizer|data\.workers|data\.frames"
+    r"run|start|speech_pad|mesh\..*|encoder\.folder|llm|init_from|stage1\.tokenizer|data\.workers|data\.frames"
     r"|data\.valid\..*|data\.train\..*\.folder|stage\d\.(save_every|keep|log_every)"
 )
 FAILED = 3  # the exit status when it is no use to try again
@@ -63,6 +64,12 @@ class Run:
     """
 
     def __init__(self, config: Config):
+        self.start = None
+        if config.start is not None:
+            self.start, stage = _find_start(config)
+            if stage == "stage2" and config.stage1 is not None:
+                hosts.print_once(f"stage1: left out, start={config.start} is after it")
+                config = config.model_copy(update={"stage1": None})
         self.config = config
         self.mesh = make_mesh((config.mesh.data, config.mesh.fsdp, config.mesh.model))
         if config.data.frames is not None and jax.process_count() > 1:
@@ -130,6 +137,10 @@ class Run:
             _dry_run(self.model, self.stages[-1])
         if (start := config.init_from) is not None:
             self.identity["init_from"] = {"hash": tensors.hash_of(start), "path": str(start)}
+        if self.start is not None:
+            self.identity["start"] = self._begin_from(self.start)
+        elif config.start is not None:
+            self.identity["start"] = _read_identity(config.run)["start"]
         _check_folder(config.run, self.identity)
         self.release = _claim_folder(config, self.identity)
         _check_folder(config.run, self.identity)  # of what another command has begun in the meantime
@@ -137,6 +148,21 @@ class Run:
             frames = keep_frames(config.data.frames, speech, encoder)
             for stage in self.stages:
                 stage.examples.speech = frames
+
+    def _begin_from(self, start: Start) -> dict[str, Any]:
+        """Says what is others than in the run that this one starts from, and returns it for the identity.
+
+        Raises ValueError for another model, and for no steps that are left.
+        """
+        stage = next(stage for stage in self.stages if stage.name == start.stage)
+        if stage.config.steps <= start.step:
+            raise ValueError(
+                f"start={start.text} has done {start.step} steps of {start.stage}, and {start.stage}.steps="
+                f"{stage.config.steps} are wanted in all: set more, or start from an earlier step."
+            )
+        ancestry = start.ancestry(self.identity)
+        hosts.print_once("\n".join(["starts from:", *(f"  {line}" for line in lines(ancestry))]))
+        return ancestry
 
     def _check_window(self) -> None:
         """Raises ValueError for recordings longer than the encoder hears at once."""
@@ -203,6 +229,7 @@ class Run:
             self.mesh,
             seed=config.seed,
             identity=self.identity,
+            start_from=self.start if self.start is not None and self.start.stage == stage.name else None,
             workers=config.data.workers,
             profile=profile,
         )
@@ -230,6 +257,7 @@ class Run:
             max_new_tokens=config.max_new_tokens,
             speech_pad=config.speech_pad,
             dtype=config.dtype,
+            ancestry=tuple(lines(self.identity.get("start"))),
         )
         sparqle = SparQLe(self.model, self.prompter, settings, self.mesh)
         sparqle.save_pretrained(folder)
@@ -273,11 +301,28 @@ def _tower_identity(folder: Path, tower: nnx.Module) -> dict[str, Any]:
     }
 
 
+def _find_start(config: Config) -> tuple[Start | None, str]:
+    """The state that a run starts from, and its stage; None when the run has checkpoints of its own."""
+    there = _read_identity(config.run).get("start") or {}
+    if there.get("from") == config.start:
+        own = config.run / there["stage"] / "checkpoints"
+        if own.is_dir() and any(path.name.isdecimal() for path in own.iterdir()):
+            return None, there["stage"]
+    start = find(config.start, [name for name in stages.STAGES if getattr(config, name) is not None])
+    return start, start.stage
+
+
+def _read_identity(folder: epath.Path) -> dict[str, Any]:
+    """What the run in a folder wrote down of itself; {} for none."""
+    file = folder / IDENTITY
+    return json.loads(file.read_text()) if file.is_file() else {}
+
+
 def _check_folder(folder: epath.Path, identity: dict[str, Any]) -> None:
     """Raises ValueError, listing what differs, when the folder holds another run."""
-    if not (folder / IDENTITY).is_file():
+    there = _read_identity(folder)
+    if not there:
         return
-    there = json.loads((folder / IDENTITY).read_text())
     wrong = differences({key: there.get(key) for key in identity}, json.loads(json.dumps(identity)))
     if wrong:
         raise ValueError(

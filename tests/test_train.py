@@ -206,6 +206,78 @@ def test_stopped_and_killed_it_ends_with_the_same_numbers(whole, small_world, tm
         assert results[0] == results[1]
 
 
+class TestStart:
+    """A run from the full state of another (`start=`)."""
+
+    @pytest.mark.slow
+    def test_with_nothing_changed_it_ends_with_the_same_numbers(self, whole, small_world, tmp_path, capsys):
+        changes = arguments(tmp_path / "run", small_world, f"start={whole}@2")
+        assert train.main(changes) == 0
+        assert f"starts from:\n  {whole}@2, stage2, step 2: nothing changed\n" in capsys.readouterr().out
+        assert not (tmp_path / "run" / "stage1").exists()
+        assert metrics(tmp_path / "run", "stage2") == metrics(whole, "stage2")[2:]
+        ours, theirs = (load_file(r / "stage2" / "adapter.safetensors") for r in (tmp_path / "run", whole))
+        for name in theirs:
+            np.testing.assert_array_equal(ours[name], theirs[name], name)
+
+    @pytest.mark.slow
+    def test_longer_stopped_and_from_there_again(self, whole, small_world, tmp_path, monkeypatch):
+        """4 steps become 10, with another learning rate; from the 6th of these a run is cooled down. Stopped,
+        the same command goes on, also when the run that it started from is gone."""
+        source = tmp_path / "source"
+        shutil.copytree(whole, source)
+        write = metrics_module.Log._write
+
+        def write_and_stop(self, step, row):
+            write(self, step, row)
+            if step == 6 and "loss" in row:
+                signal.raise_signal(signal.SIGINT)
+
+        optim = ["stage2.optim.schedule=constant", "stage2.optim.warmup_steps=0", "stage2.optim.lr=0.002"]
+        quiet = ["stage2.evaluate=false", "stage2.keep=4", *optim]
+        run, cold = tmp_path / "longer", tmp_path / "cooled"
+        longer = arguments(run, small_world, f"start={source}", "stage2.steps=10", *quiet)
+        with monkeypatch.context() as patch:
+            patch.setattr(metrics_module.Log, "_write", write_and_stop)
+            assert train.main(longer) == 130
+        shutil.rmtree(source)
+        assert train.main(longer) == 0
+        rows = metrics(run, "stage2")
+        assert [row["step"] for row in rows] == [5, 6, 7, 8, 9, 10]
+        assert [row["lr"] for row in rows] == pytest.approx([0.002] * 6)
+        assert rows[0]["loss"] < metrics(whole, "stage2")[0]["loss"]  # it goes on, and does not begin again
+
+        changes = ["stage2.steps=11", "stage2.optim.cooldown_steps=3", "stage2.optim.final_lr_factor=0"]
+        cooled = arguments(cold, small_world, f"start={run}@6", *quiet, *changes)
+        assert train.main(cooled) == 0
+        rows = metrics(cold, "stage2")
+        assert [row["step"] for row in rows] == [7, 8, 9, 10, 11]
+        assert [row["lr"] for row in rows] == pytest.approx([0.002] * 3 + [0.002 * 2 / 3, 0.002 / 3])
+        first, second = json.loads((cold / "stage2" / "config.json").read_text())["ancestry"]
+        assert first.startswith(f"{run}@6, stage2, step 6: ")
+        assert "config.stage2.steps is 10 there, 11 here" in first
+        assert second.startswith(f"{source}, stage2, step 4: ")
+        assert "config.stage2.optim.lr is " in second
+        assert json.loads((cold / "config.json").read_text())["start"] == f"{run}@6"
+
+    @pytest.mark.parametrize(
+        ("start", "changes", "message"),
+        [
+            ("nowhere", [], "nowhere has no checkpoint of stage1 or stage2"),
+            ("WHOLE@3", [], "stage2 of .* has checkpoints of the steps 2, 4 alone"),
+            ("WHOLE", [], "has done 4 steps of stage2, and stage2.steps=4 are wanted in all"),
+            ("WHOLE", ["stage2.steps=8", "adapter.num_queries=5"], "is of another model: config.adapter.num"),
+        ],
+    )
+    def test_mistakes(self, start, changes, message, whole, small_world, tmp_path, capsys):
+        text = start.replace("WHOLE", str(whole))
+        with pytest.raises(SystemExit) as raised:
+            train.main(arguments(tmp_path / "run", small_world, f"start={text}", *changes))
+        assert raised.value.code == 2
+        assert re.search(message, capsys.readouterr().err)
+        assert not (tmp_path / "run").exists()
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
