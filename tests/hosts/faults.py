@@ -159,7 +159,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--kills", type=int, default=20)
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args(argv)
-    rng, steps = random.Random(args.seed), 30 * args.kills
+    rng, steps = random.Random(args.seed), 100 + 5 * args.kills  # a kill comes every one or two steps
     with tempfile.TemporaryDirectory() as folder:
         data, whole, run = (Path(folder) / name for name in ("data", "whole", "run"))
         datasets.make_world(data, train=24, test=8, seed=0)
