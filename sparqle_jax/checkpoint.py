@@ -164,6 +164,24 @@ class Checkpoints:
         return -1, ""
 
 
+def check_room(folder: epath.Path, size: int, number: int) -> None:
+    """Raises ValueError when a local disk has no room for so many checkpoints of `size` bytes; those that are
+    there already count."""
+    if "://" in str(folder):
+        return
+    there = folder
+    while not there.exists():
+        there = there.parent
+    kept = sum(path.name.isdecimal() for path in folder.iterdir()) if folder.exists() else 0
+    free, needed = shutil.disk_usage(there).free, max(0, number - kept) * size
+    if free < needed:
+        raise ValueError(
+            f"{folder} needs room for {number} checkpoints of {size / 1e6:.4g} MB, {kept} of which are "
+            f"there, but the disk has {free / 1e6:.4g} MB left: make room, choose another folder (--set "
+            "run=), or keep fewer (--set STAGE.keep=)."
+        )
+
+
 def _read_apart(folder: epath.Path) -> tuple[int, str]:
     """Reads a checkpoint in a process of its own, on a CPU: its exit status, and what it says.
 

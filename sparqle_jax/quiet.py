@@ -9,8 +9,10 @@ import re
 import sys
 import threading
 from collections.abc import Iterator
+from pathlib import Path
 
 GOOGLE = "0x1ae0"  # the vendor of TPUs on the PCI bus
+OTHER_CARDS = ("0x01", "0x02")  # classes of Google's disks and network cards
 # Where accelerators show up that are no TPUs: NVIDIA's, those of Windows' Linux, AMD's.
 GPUS = ("/dev/nvidia*", "/dev/dxg", "/dev/kfd")
 # Of Beam's worker processes, one each: Google's services are not used, and the worker has begun.
@@ -32,8 +34,19 @@ def _has_accelerator() -> bool:
         return True
     if any(glob.glob(pattern) for pattern in (*GPUS, "/dev/accel*", "/dev/vfio/[0-9]*")):
         return True
-    vendors = glob.glob("/sys/bus/pci/devices/*/vendor")
-    return any(open(file).read().strip() == GOOGLE for file in vendors)
+    vendors = Path("/sys/bus/pci/devices").glob("*/vendor")
+    return any(file.read_text().strip() == GOOGLE for file in vendors)
+
+
+def accelerators() -> list[str]:
+    """The GPUs and TPUs of this machine, by the files of their devices or their addresses on the PCI bus."""
+    patterns = ("/dev/nvidia[0-9]*", "/dev/kfd", "/dev/accel*")
+    found = [file for pattern in patterns for file in glob.glob(pattern)]
+    for card in Path("/sys/bus/pci/devices").glob("*"):
+        vendor, kind = ((card / name).read_text().strip() for name in ("vendor", "class"))
+        if vendor == GOOGLE and not kind.startswith(OTHER_CARDS):
+            found.append(f"TPU at {card.name}")
+    return found
 
 
 @contextlib.contextmanager

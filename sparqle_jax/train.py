@@ -15,6 +15,7 @@ configuration; 3 training can't go on: the numbers, the data or the disk are at 
 import argparse
 import errno
 import json
+import os
 import re
 import signal
 import sys
@@ -29,9 +30,21 @@ import numpy as np
 from etils import epath
 from flax import nnx
 
-from sparqle_jax import assemble, audio, commands, hosts, loop, owner, pretrained, prompts, stages, tensors
+from sparqle_jax import (
+    assemble,
+    audio,
+    commands,
+    hosts,
+    loop,
+    owner,
+    pretrained,
+    prompts,
+    quiet,
+    stages,
+    tensors,
+)
 from sparqle_jax.aligner import Aligner
-from sparqle_jax.checkpoint import CheckpointError, differences, fingerprint
+from sparqle_jax.checkpoint import CheckpointError, check_room, differences, fingerprint
 from sparqle_jax.config import Config, StageConfig, read_config
 from sparqle_jax.data.dataset import Corpus, CorruptRecord, DataSet
 from sparqle_jax.data.frames import keep_frames
@@ -45,6 +58,7 @@ from sparqle_jax.scores import silence_line, table, without_speech
 from sparqle_jax.sharding import batch_parts, make_mesh
 from sparqle_jax.sparqle import ModelConfig, SparQLe, Tower
 from sparqle_jax.start import Start, find, lines
+from sparqle_jax.step import make_optimizer
 from sparqle_jax.tasks import TRANSCRIBE, check_tasks, have_any
 
 IDENTITY = "identity.json"  # in the run's folder: what must be the same when it goes on
@@ -142,12 +156,37 @@ class Run:
         elif config.start is not None:
             self.identity["start"] = _read_identity(config.run)["start"]
         _check_folder(config.run, self.identity)
+        for stage in self.stages:
+            self._say_costs(stage)
         self.release = _claim_folder(config, self.identity)
         _check_folder(config.run, self.identity)  # of what another command has begun in the meantime
         if config.data.frames is not None:
             frames = keep_frames(config.data.frames, speech, encoder)
             for stage in self.stages:
                 stage.examples.speech = frames
+
+    def _say_costs(self, stage: stages.Stage) -> None:
+        """Prints what a stage is trained on, of what, for how long, and what it writes.
+
+        Raises ValueError when the disk has no room for its checkpoints.
+        """
+        model = self.aligner if stage.name == "stage1" else self.model
+        _, trained, frozen = partition(model)
+        config, corpus = stage.config, stage.examples.corpus
+        optimizer, _ = make_optimizer(config.optim, config.steps)
+        state = jax.tree.leaves((trained, jax.eval_shape(optimizer.init, trained)))
+        size = sum(x.size * x.dtype.itemsize for x in state)
+        used = np.concatenate(stages.used_by(self.config, corpus, config))
+        hours = float(corpus.num_samples[used].sum()) / audio.SAMPLE_RATE / 3600
+        epochs = config.steps / stage.plan.batches_per_epoch
+        train, rest = (sum(x.size for x in jax.tree.leaves(part)) / 1e6 for part in (trained, frozen))
+        folder = self.config.run / stage.name
+        hosts.print_once(
+            f"{stage.name}: {config.steps} steps on {jax.device_count()} x {jax.devices()[0].device_kind}, "
+            f"{epochs:.3g} epochs of {hours:.3g} h; {train:.4g} million parameters train, {rest:.4g} million "
+            f"are frozen; into {folder}, with up to {config.keep + 1} checkpoints of {size / 1e6:.4g} MB"
+        )
+        check_room(folder / "checkpoints", size, config.keep + 1)
 
     def _begin_from(self, start: Start) -> dict[str, Any]:
         """Says what is others than in the run that this one starts from, and returns it for the identity.
@@ -267,6 +306,24 @@ class Run:
             folder / "results.json",
             lambda: _evaluate_answers(sparqle, self.valid_sets, config.eval_languages),
         )
+
+
+def _check_devices() -> None:
+    """Raises ValueError where training would be on the CPU of a machine with accelerators, unasked."""
+    there = quiet.accelerators()
+    if jax.default_backend() != "cpu" or "cpu" in os.environ.get("JAX_PLATFORMS", "") or not there:
+        return
+    reasons = []
+    for platform in ("tpu", "cuda", "rocm"):
+        try:
+            jax.devices(platform)
+        except RuntimeError as error:
+            reasons.append(f"{platform}: {' '.join(str(error).split())[:300]}")
+    raise ValueError(
+        f"this machine has {', '.join(there)}, but JAX finds only its CPU ({'; '.join(reasons)}). Another "
+        "process may hold the device, or JAX may be installed without it: jax[tpu] or jax[cuda13]. To train "
+        "on the CPU all the same, set JAX_PLATFORMS=cpu."
+    )
 
 
 def _dry_run(model: Aligner | SpeechLLM, stage: stages.Stage) -> None:
@@ -433,6 +490,7 @@ def main(argv: list[str] | None = None) -> int:
         if args.distributed is not None:
             hosts.join(args.distributed)
         config = read_config(args.config, args.set)
+        _check_devices()
         run = Run(config)
     except (ValueError, FileNotFoundError) as error:
         parser.error(str(error))  # with status 2

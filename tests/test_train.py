@@ -17,7 +17,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
-from sparqle_jax import loop, train
+from sparqle_jax import checkpoint, loop, train
 from sparqle_jax import metrics as metrics_module
 from sparqle_jax.config import read_config
 from sparqle_jax.data.dataset import CorruptRecord, DataSet
@@ -162,6 +162,51 @@ def test_a_step_takes_from_its_batch_to_its_metrics(tmp_path, monkeypatch):
         assert row["data_wait"] == waited / seconds
         assert row["audio_seconds_per_second"] == 2 * 1.0 / seconds
         assert row["model_tflops_per_second"] == pytest.approx(2 * 6 / seconds)
+
+
+def test_what_a_run_costs_is_said_before_it_starts(small_world, tmp_path, capsys):
+    """Hours by the lengths themselves, parameters and bytes by what a run then leaves."""
+    run = tmp_path / "run"
+    changes = arguments(run, small_world, "stage1=null", "stage2.steps=11", "stage2.evaluate=false")
+    assert train.main(changes) == 0
+    captured = capsys.readouterr()
+    data = DataSet(small_world / "train")
+    line = re.search(
+        r"stage2: 11 steps on 8 x cpu, ([\d.]+) epochs of ([\d.]+) h; ([\d.]+) million parameters train, "
+        r"[\d.]+ million are frozen; into (.*), with up to 3 checkpoints of ([\d.]+) MB",
+        captured.out,
+    )
+    assert float(line[1]) == pytest.approx(11 * 8 / len(data), rel=0.35)  # batches of short ones are larger
+    assert float(line[2]) == pytest.approx(data.num_samples.sum() / 16_000 / 3600, rel=0.005)
+    weights = sum(x.size for x in load_file(run / "stage2" / "adapter.safetensors").values())
+    assert float(line[3]) == pytest.approx(weights / 1e6, rel=0.001)
+    assert line[4] == str(run / "stage2")
+    assert float(line[5]) == pytest.approx(3 * 4 * weights / 1e6, rel=0.001)  # and two moments
+    assert re.search(r"stage2: about 0:0\d:\d\d \(h:mm:ss\) left", captured.err)
+
+
+def test_no_room_for_the_checkpoints(small_world, tmp_path, monkeypatch, capsys):
+    space = SimpleNamespace(free=1_000_000)
+    monkeypatch.setattr(checkpoint, "shutil", SimpleNamespace(disk_usage=lambda _: space))
+    with pytest.raises(SystemExit) as raised:
+        train.main(arguments(tmp_path / "run", small_world, "stage1=null", "stage2.keep=20"))
+    assert raised.value.code == 2
+    told = capsys.readouterr().err
+    assert re.search(
+        r"needs room for 21 checkpoints of .* MB, 0 of which are there, but the disk has 1 MB", told
+    )
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_cpu_beside_an_accelerator_must_be_asked_for(small_world, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(train.quiet, "accelerators", lambda: ["/dev/nvidia0"])
+    monkeypatch.setenv("JAX_PLATFORMS", "")
+    with pytest.raises(SystemExit) as raised:
+        train.main(arguments(tmp_path / "run", small_world))
+    assert raised.value.code == 2
+    told = capsys.readouterr().err
+    assert "this machine has /dev/nvidia0, but JAX finds only its CPU" in told
+    assert "set JAX_PLATFORMS=cpu" in told
 
 
 def test_the_adapter_left_is_the_one_trained(whole):
