@@ -14,7 +14,10 @@ import tqdm
 from etils import epath
 from flax import nnx
 from jax.sharding import Mesh
-from tensorboardX import SummaryWriter
+from tensorboardX.event_file_writer import EventsWriter
+from tensorboardX.proto.event_pb2 import Event, SessionLog
+from tensorboardX.proto.summary_pb2 import Summary
+from tensorboardX.record_writer import directory_check
 
 from sparqle_jax import audio, commands, hosts
 from sparqle_jax.chips import chip_of
@@ -61,6 +64,24 @@ class Validation:
 ESTIMATE_AFTER = 10  # steps, when the time left is first said
 
 
+class Board:
+    """TensorBoard's files of a run. Written as we go: tensorboardX's SummaryWriter has a thread for it, which
+    ends in a traceback when the disk is full."""
+
+    def __init__(self, folder: epath.Path, start: int):
+        directory_check(str(folder))
+        self.can_append = commands.can_append(folder)
+        self.events = EventsWriter(str(folder / "events"))
+        # What an earlier process wrote of the steps from here on is not shown.
+        self.events.write_event(Event(step=start, session_log=SessionLog(status=SessionLog.START)))
+
+    def write(self, step: int, row: dict[str, float]) -> None:
+        values = [Summary.Value(tag=name, simple_value=value) for name, value in row.items()]
+        self.events.write_event(Event(wall_time=time.time(), step=step, summary=Summary(value=values)))
+        if self.can_append:  # to a bucket the whole file is sent each time
+            self.events.flush()
+
+
 class Log:
     """The numbers of a run as it goes: progress bar, metrics.jsonl and TensorBoard, on the first host.
 
@@ -89,7 +110,7 @@ class Log:
         self.board = None
         if hosts.is_first():
             commands.write_text(self.file, "".join(self.lines))
-            self.board = SummaryWriter(str(folder / "tensorboard"), purge_step=start + 1)
+            self.board = Board(folder / "tensorboard", start + 1)
         self.bar = tqdm.tqdm(
             total=stage.config.steps,
             initial=start,
@@ -111,14 +132,15 @@ class Log:
 
     def __exit__(self, *_) -> None:
         if self.board is not None:
-            self.board.close()
             self.flush()
+            self.board.events.close()
         self.bar.close()
 
     def flush(self) -> None:
         """Brings what was written to a bucket, whose files can't be appended to."""
         if self.board is not None and not commands.can_append(self.file):
             commands.write_text(self.file, "".join(self.lines))
+            self.board.events.flush()
 
     def compiled(self, seconds: float) -> None:
         """Writes how long compiling took, before the first step."""
@@ -202,5 +224,4 @@ class Log:
         if commands.can_append(self.file):
             with open(self.file, "a") as file:
                 file.write(self.lines[-1])
-        for name, value in row.items():
-            self.board.add_scalar(name, value, step)
+        self.board.write(step, row)

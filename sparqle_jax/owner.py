@@ -48,14 +48,14 @@ def check(folder: epath.Path) -> None:
     """Raises OwnedError for a folder on a disk that is locked now; leaves no trace."""
     if "://" in str(folder) or not (Path(folder) / FILE).is_file():
         return
-    with open(Path(folder) / FILE, "a+") as file:
-        _try_lock(file, Path(folder))
+    with open(Path(folder) / FILE) as file:
+        _try_lock(file, Path(folder), fcntl.LOCK_SH)  # others that look are not in the way
 
 
 def _lock(folder: Path) -> Callable[[], None]:
     file = open(folder / FILE, "a+")  # noqa: SIM115 (whoever gives the folder back closes it)
     try:
-        _try_lock(file, folder)
+        _try_lock(file, folder, fcntl.LOCK_EX, patience=1.0)  # whoever looks has it for a moment
         file.truncate(0)
         file.write(json.dumps(_about_me()) + "\n")
         file.flush()
@@ -65,15 +65,20 @@ def _lock(folder: Path) -> Callable[[], None]:
     return file.close
 
 
-def _try_lock(file: Any, folder: Path) -> None:
+def _try_lock(file: Any, folder: Path, kind: int, patience: float = 0.0) -> None:
     # Not flock: its locks would outlive a killed process in the workers that it has forked.
-    try:
-        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError as error:
-        if error.errno not in (errno.EACCES, errno.EAGAIN):
-            raise
-        file.seek(0)
-        raise _owned(folder, file.read()) from None
+    deadline = time.monotonic() + patience
+    while True:
+        try:
+            fcntl.lockf(file, kind | fcntl.LOCK_NB)
+            return
+        except OSError as error:
+            if error.errno not in (errno.EACCES, errno.EAGAIN):
+                raise
+        if time.monotonic() >= deadline:
+            file.seek(0)
+            raise _owned(folder, file.read())
+        time.sleep(0.05)
 
 
 def _about_me() -> dict[str, Any]:

@@ -93,7 +93,7 @@ class Run:
             "config": _frozen_keys(config.model_dump(mode="json")),
             "data": [data_set.fingerprint for data_set in corpus.data_sets],
         }
-        owner.check(config.run)
+        _check_owner(config.run)
         _check_folder(config.run, self.identity)
         _check_writable(config.run)
         rngs = nnx.Rngs(config.seed)
@@ -405,6 +405,23 @@ def _check_writable(folder: epath.Path) -> None:
         ) from error
 
 
+def _check_owner(folder: epath.Path) -> None:
+    """Raises ValueError, on all hosts, when another command trains into the folder now."""
+    owned = None
+    if hosts.is_first():
+        try:
+            owner.check(folder)
+        except owner.OwnedError as error:
+            owned = error
+    _raise_on_all(owned, folder)
+
+
+def _raise_on_all(owned: owner.OwnedError | None, folder: epath.Path) -> None:
+    """Raises on all hosts what the first one has found, if anything."""
+    if hosts.max_over_hosts(owned is not None):
+        raise owned or ValueError(f"another command trains into run={folder}: see the first host.")
+
+
 def _claim_folder(config: Config, identity: dict[str, Any]) -> Callable[[], None]:
     """The first host claims the folder for all, and writes down which run it holds; the function returned
     gives it back.
@@ -424,8 +441,7 @@ def _claim_folder(config: Config, identity: dict[str, Any]) -> Callable[[], None
             owned = error
         except Exception as error:  # of a disk, or of a bucket's library
             failed = f": {error}"
-    if hosts.max_over_hosts(owned is not None):
-        raise owned or ValueError(f"another command trains into run={config.run}: see the first host.")
+    _raise_on_all(owned, config.run)
     if hosts.max_over_hosts(bool(failed)):
         raise ValueError(f"nothing can be written to run={config.run}{failed}. Choose another: --set run=.")
     if hosts.max_over_hosts(not (config.run / IDENTITY).is_file()):

@@ -25,6 +25,15 @@ print("claimed", flush=True)
 time.sleep(600)
 """
 
+LOOKER = """
+import fcntl, sys, time
+with open(sys.argv[1] + "/owner.json", "w+") as file:
+    fcntl.lockf(file, fcntl.LOCK_SH)
+    print("looking", flush=True)
+    time.sleep(0.5)
+time.sleep(600)
+"""
+
 
 def hold(folder: Path) -> subprocess.Popen:
     """A process that has claimed the folder."""
@@ -53,6 +62,20 @@ def test_a_lock_says_who_has_it_and_ends_with_its_process(tmp_path):
     release()
     process = hold(tmp_path)
     process.kill()
+
+
+def test_whoever_looks_is_not_in_the_way(tmp_path):
+    """Neither of others that look, nor, for the moment that it takes, of who claims."""
+    looking = subprocess.Popen(
+        [sys.executable, "-c", LOOKER, str(tmp_path)], stdout=subprocess.PIPE, text=True
+    )
+    try:
+        assert looking.stdout.readline() == "looking\n"
+        owner.check(epath.Path(tmp_path))
+        owner.claim(epath.Path(tmp_path))()
+    finally:
+        looking.kill()
+        looking.wait()
 
 
 @pytest.fixture
