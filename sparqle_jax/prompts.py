@@ -80,6 +80,11 @@ def fingerprint(tokenizer: Any) -> str:
     return hashlib.sha256(json.dumps([rules, tokenizer.chat_template]).encode()).hexdigest()[:16]
 
 
+def tokenize_texts(tokenizer: Any, texts: Sequence[str]) -> list[list[int]]:
+    """Tokens of transcripts for the text half, from [CLS] to [SEP]; "[SEP]" in a text is characters."""
+    return tokenizer(list(texts), split_special_tokens=True).input_ids
+
+
 class Prompter:
     """Turns instructions and answers into tokens of one LLM.
 
@@ -119,6 +124,8 @@ class Prompter:
                 f"the instruction {instruction!r} has {instruction.count(SPEECH)} places for the speech; "
                 f"write {SPEECH} in it, once."
             )
+        if control := [name for name in self._control_tokens if name in instruction]:
+            raise ValueError(f"the instruction {instruction!r} has control tokens of the LLM: {control}.")
         if self.compat == "published":
             return self._published_prompt(instruction)
         if not self.tokenizer.chat_template:
@@ -137,8 +144,13 @@ class Prompter:
         return self._tokens(before), self._tokens(after)
 
     def answer(self, text: str) -> list[int]:
-        """The tokens of an answer, with the one that ends the turn."""
-        return [*self._tokens(text), self.end_id]
+        """The tokens of an answer, with the one that ends the turn. Control tokens that are written in it are
+        the characters that they are."""
+        return [*self._characters(text), self.end_id]
+
+    @functools.cached_property
+    def _control_tokens(self) -> list[str]:
+        return [token.content for token in self.tokenizer.added_tokens_decoder.values() if token.special]
 
     @functools.cached_property
     def end_id(self) -> int:
@@ -163,6 +175,16 @@ class Prompter:
         if self.end_id in ids:
             ids = ids[: ids.index(self.end_id)]
         return self.tokenizer.decode(ids, skip_special_tokens=True).strip()
+
+    def _characters(self, text: str) -> list[int]:
+        """The tokens of a text that somebody wrote or said."""
+        ids = self.tokenizer(text, add_special_tokens=False, split_special_tokens=True).input_ids
+        added = self.tokenizer.added_tokens_decoder
+        for token in set(ids) & added.keys():
+            # Some control tokens are not called special by their tokenizer: Qwen 3's <think>.
+            if (place := text.find(added[token].content)) >= 0:
+                return self._characters(text[: place + 1]) + self._characters(text[place + 1 :])
+        return ids
 
     def _tokens(self, text: str) -> list[int]:
         return self.tokenizer(text, add_special_tokens=False).input_ids
@@ -223,7 +245,7 @@ def collate_texts(
     tokenizer: that of the BERT which the Q-Former starts from; vocab_size: of the Q-Former. Raises
     ValueError as `pad_tokens` does.
     """
-    rows = tokenizer(list(texts)).input_ids
+    rows = tokenize_texts(tokenizer, texts)
     ids, mask = pad_tokens(rows, length, name="text", vocab_size=vocab_size)
     return {"text": ids, "text_mask": mask}
 

@@ -1,6 +1,6 @@
 import numpy as np
 import pytest
-from tokenizers import Regex, Tokenizer, models, pre_tokenizers
+from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from sparqle_jax import prompts
@@ -170,3 +170,62 @@ class TestCollate:
 def test_compat_is_spelt_right(compat):
     with pytest.raises(ValueError, match=r"compat must be one of \[None, 'published'\], got"):
         prompter(LLAMA3, compat=compat)
+
+
+def byte_level(special: list[str], others: tuple[str, ...] = ()) -> PreTrainedTokenizerFast:
+    """As Llama 3 and Qwen have it: bytes, with control tokens beside them."""
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    backend = Tokenizer(models.BPE({char: i for i, char in enumerate(alphabet)}, []))
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    backend.decoder = decoders.ByteLevel()
+    backend.add_tokens([AddedToken(name, special=False, normalized=False) for name in others])
+    names = dict(eos_token=special[0], additional_special_tokens=special[1:])
+    return PreTrainedTokenizerFast(tokenizer_object=backend, clean_up_tokenization_spaces=False, **names)
+
+
+def sentencepiece(special: list[str]) -> PreTrainedTokenizerFast:
+    """As Llama 2 and Mistral have it: characters with a mark for spaces, and bytes for those it lacks."""
+    pieces = [*special, *(f"<0x{byte:02X}>" for byte in range(256)), "▁", *map(chr, range(33, 127))]
+    vocab = {piece: i for i, piece in enumerate(pieces)}
+    backend = Tokenizer(models.BPE(vocab, [], unk_token="<unk>", byte_fallback=True))
+    backend.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
+    backend.decoder = decoders.Sequence(
+        [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
+    )
+    names = dict(bos_token="<s>", eos_token="</s>", unk_token="<unk>")
+    return PreTrainedTokenizerFast(tokenizer_object=backend, clean_up_tokenization_spaces=False, **names)
+
+
+FAMILIES = {
+    "llama3": byte_level(["<|eot_id|>", "<|begin_of_text|>", "<|start_header_id|>", "<|end_header_id|>"]),
+    "qwen2": byte_level(["<|im_end|>", "<|im_start|>", "<|endoftext|>"]),
+    "qwen3": byte_level(["<|im_end|>", "<|im_start|>"], ("<think>", "</think>")),
+    "mistral": sentencepiece(["<unk>", "<s>", "</s>"]),
+}
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_control_token_in_a_text_is_characters(family):
+    """Whoever says "eot id" does not end the turn: the text comes back as it was, and none of its tokens is
+    a control token but the one that ends the answer."""
+    own = FAMILIES[family]
+    control = [token.content for token in own.added_tokens_decoder.values()]
+    p = prompts.Prompter(own, vocab_size=len(own))
+    text = "and then " + " and ".join(control) + " were read"
+    assert set(own(text, add_special_tokens=False).input_ids) & own.added_tokens_decoder.keys()
+    *tokens, end = p.answer(text)
+    assert end == own.eos_token_id
+    assert not set(tokens) & own.added_tokens_decoder.keys()
+    assert p.decode([*tokens, end]) == text
+
+
+def test_a_control_token_in_an_instruction_is_an_error():
+    with pytest.raises(ValueError, match=r"has control tokens of the LLM: \['<\|eot_id\|>'\]"):
+        prompter(LLAMA3).prompt(f"Say <|eot_id|> to {prompts.SPEECH}")
+
+
+def test_a_control_token_in_a_transcript_of_the_text_half_is_characters():
+    bert = tokenizer(None)
+    ids = prompts.collate_texts(bert, ["a <eos> b"], vocab_size=200)["text"][0]
+    assert "".join(bert.convert_ids_to_tokens(ids)) == "a <eos> b"
+    assert bert.eos_token_id not in ids

@@ -187,7 +187,7 @@ class AlignmentExamples:
             corpus,
             plan,
             [[TRANSCRIBE]] * len(corpus.sizes),
-            lambda texts: tokenizer(texts).input_ids,
+            lambda texts: prompts.tokenize_texts(tokenizer, texts),
             max_tokens,
         )
 
@@ -197,7 +197,7 @@ class AlignmentExamples:
         ids = np.array([numbers.setdefault(text, i) for i, text in enumerate(texts)], np.int32)
         speech, read, skipped = _read(self, batch, places, seed)
         tokens, length = (
-            self.tokenizer([texts[place] for place in read]).input_ids,
+            prompts.tokenize_texts(self.tokenizer, [texts[place] for place in read]),
             self.lengths[batch.bucket],
         )
         for place, row in zip(read, tokens, strict=True):
