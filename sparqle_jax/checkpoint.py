@@ -63,13 +63,14 @@ class Checkpoints:
         return self
 
     def __exit__(self, kind: type | None, *_) -> None:
-        try:
-            self.wait()
-        except CheckpointError:
-            if kind is None:
-                raise
-        finally:
-            self._checkpointer.close()
+        failed = None
+        for end in (self.wait, self._checkpointer.close):  # Orbax raises a failed write once more
+            try:
+                end()
+            except Exception as error:
+                failed = failed or self._failed(self._latest, error)
+        if failed is not None and kind is None:
+            raise failed
 
     def restore(self, state: Any) -> Any | None:
         """The newest state that is whole, on the devices where the abstract `state` says; or None.
@@ -117,6 +118,8 @@ class Checkpoints:
                 raise self._failed(self._latest, error) from error
 
     def _failed(self, step: int, error: Exception) -> CheckpointError:
+        if isinstance(error, CheckpointError):
+            return error
         return CheckpointError(
             f"the checkpoint of step {step} could not be written to {self.folder}: {error}. Those before it "
             "are as they were: see to it that there is room and the folder can be written to; the same "
@@ -128,9 +131,9 @@ class Checkpoints:
         if not self._is_local():
             return
         needed = sum(x.nbytes for x in jax.tree.leaves(state))
-        free = hosts.broadcast(min(shutil.disk_usage(self.folder).free >> 20, 2**31 - 1))
-        if free < needed >> 20:
-            sizes = f"No space left: it takes {needed / 1e6:.1f} MB and the disk has {free} MiB left"
+        free = hosts.broadcast(min(shutil.disk_usage(self.folder).free >> 10, 2**31 - 1))  # KiB
+        if free < 1.1 * needed / 1024 + 64:  # and what Orbax writes beside the arrays
+            sizes = f"No space left: it takes {needed / 1e6:.1f} MB and the disk has {free >> 10} MiB left"
             raise self._failed(step, OSError(sizes))
 
     def _is_local(self) -> bool:

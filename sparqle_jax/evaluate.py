@@ -28,7 +28,7 @@ from etils import epath
 
 from sparqle_jax import checkpoint, commands, hosts, prompts, sharding
 from sparqle_jax.audio import SAMPLE_RATE, UnusableAudio
-from sparqle_jax.data.dataset import DataSet
+from sparqle_jax.data.dataset import DataSet, overlap_line
 from sparqle_jax.evaluation_page import page
 from sparqle_jax.scores import (
     NORMALIZERS,
@@ -336,6 +336,17 @@ def write_results(
     commands.write_text(folder / PAGE, page(results, rows, data_set))
 
 
+def overlap_with_training(sparqle: SparQLe, data_set: DataSet) -> dict[str, int] | None:
+    """`DataSet.overlap` with the data that a model was trained on; None where these are not here."""
+    training = []
+    for folder in sparqle.config.trained_on:
+        try:
+            training.append(DataSet(folder))
+        except (OSError, ValueError):
+            return None
+    return data_set.overlap(training) if training else None
+
+
 # --- The command ---------------------------------------------------------------------------------------
 
 
@@ -403,6 +414,7 @@ def main(argv: list[str] | None = None) -> int:
         if not hosts.is_first():
             return 0
         results = summarize(identity, rows, args.normalizer)
+        results["overlap"] = overlap_with_training(sparqle, data_set)
         if args.output is not None:
             write_results(args.output, results, rows, data_set)
     except (ValueError, OSError) as error:
@@ -422,6 +434,10 @@ def main(argv: list[str] | None = None) -> int:
     print(table({f"{name} ({named[name]['utterances']})": one for name, one in shown.items()}))
     if "without speech" in scores["all"]:
         print(silence_line(scores["all"]["without speech"]))
+    if results["overlap"] is None:
+        print("overlap with the training data: not known, as they are not here")
+    else:
+        print(overlap_line(results["overlap"], len(data_set)))
     print(f"normalizer of transcripts: {args.normalizer}")
     for task, names in results["signatures"].items():
         print(*(f"{name} {task}: {signature}" for name, signature in names.items()), sep="\n")

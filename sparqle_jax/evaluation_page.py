@@ -11,7 +11,7 @@ import jiwer
 import numpy as np
 
 from sparqle_jax.audio import SAMPLE_RATE, as_wav
-from sparqle_jax.data.dataset import DataSet
+from sparqle_jax.data.dataset import DataSet, overlap_line
 from sparqle_jax.scores import (
     NORMALIZERS,
     WITHOUT_SPACES,
@@ -98,6 +98,7 @@ def page(results: dict[str, Any], rows: Sequence[dict[str, Any]], data_set: Data
         shown=shown,
         cell=cell_text,
         silence_line=silence_line,
+        overlap_line=overlap_line,
         bars=histogram([row[TRANSCRIBE]["wer"] for row in spoken]) if spoken else [],
         num_spoken=len(spoken),
         points=[

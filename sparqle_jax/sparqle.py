@@ -73,7 +73,7 @@ class ModelConfig(pydantic.BaseModel, frozen=True, extra="forbid", populate_by_n
     speech_pad: seconds of silence that are left before and after speech (see `audio.cut`).
     dtype: of matrix products and of the towers. compat, system: see `Prompter`. generation: settings of
     `GenerationConfig` that are not its defaults. ancestry: the runs whose state it was trained from, the
-    latest first.
+    latest first. trained_on: folders of the data sets that the last of its runs was trained on.
     """
 
     encoder: Tower
@@ -86,6 +86,7 @@ class ModelConfig(pydantic.BaseModel, frozen=True, extra="forbid", populate_by_n
     system: str | None = None
     generation: dict[str, Any] = {}
     ancestry: tuple[str, ...] = ()
+    trained_on: tuple[str, ...] = ()
 
 
 @dataclasses.dataclass(frozen=True)

@@ -46,7 +46,7 @@ from sparqle_jax import (
 from sparqle_jax.aligner import Aligner
 from sparqle_jax.checkpoint import CheckpointError, check_room, differences, fingerprint
 from sparqle_jax.config import Config, StageConfig, read_config
-from sparqle_jax.data.dataset import Corpus, CorruptRecord, DataSet
+from sparqle_jax.data.dataset import Corpus, CorruptRecord, DataSet, overlap_line
 from sparqle_jax.data.frames import keep_frames
 from sparqle_jax.data.pipeline import SKIPPED, AlignmentExamples, InstructionExamples, Waveforms
 from sparqle_jax.data.plan import BatchPlan
@@ -104,6 +104,9 @@ class Run:
         self.identity["encoder"] = _tower_identity(config.encoder.folder, encoder)
         speech = self._waveforms(corpus, encoder)
         self.valid_sets = {name: DataSet(folder) for name, folder in config.data.valid.items()}
+        for name, test in self.valid_sets.items():
+            shared = overlap_line(test.overlap(corpus.data_sets), len(test))
+            hosts.print_once(f"data.valid.{name}: {shared}")
         test_speech = {
             name: self._waveforms(Corpus([test]), encoder) for name, test in self.valid_sets.items()
         }
@@ -297,6 +300,7 @@ class Run:
             speech_pad=config.speech_pad,
             dtype=config.dtype,
             ancestry=tuple(lines(self.identity.get("start"))),
+            trained_on=tuple(str(epath.Path(one.folder).resolve()) for one in config.data.train.values()),
         )
         sparqle = SparQLe(self.model, self.prompter, settings, self.mesh)
         sparqle.save_pretrained(folder)

@@ -11,6 +11,7 @@ import soundfile
 from sparqle_jax import encoders, evaluate, evaluation_page, scores
 from sparqle_jax.data import prepare
 from sparqle_jax.data.dataset import DataSet
+from sparqle_jax.demo.__main__ import MODELS
 from sparqle_jax.evaluation_page import differences, histogram
 from sparqle_jax.scores import basic, length_name, score, score_one, table
 from sparqle_jax.sparqle import SparQLe
@@ -176,6 +177,30 @@ def test_texts_are_no_markup_on_the_page(done, small_world):
     assert "<img" not in page
     assert "<b>more" not in page
     assert "&lt;img" in page
+
+
+@pytest.mark.parametrize("here", [True, False])
+def test_what_the_training_data_have_too_is_said(here, small_world, tmp_path, capsys):
+    """In what is printed, in results.json and on the page; also that it is not known."""
+    model = tmp_path / "model"
+    SparQLe.from_pretrained(MODELS / "sparqle").save_pretrained(model, towers=True)
+    settings = json.loads((model / "config.json").read_text())
+    trained_on = str(small_world / ("train" if here else "nowhere"))
+    (model / "config.json").write_text(json.dumps(settings | {"trained_on": [trained_on]}))
+    assert evaluate.main([str(model), str(small_world / "seen"), "--output", str(tmp_path / "out")]) == 0
+    printed = capsys.readouterr().out
+    results = json.loads((tmp_path / "out" / "results.json").read_text())
+    page = (tmp_path / "out" / "index.html").read_text()
+    if here:
+        expected = DataSet(small_world / "seen").overlap([DataSet(small_world / "train")])
+        assert results["overlap"] == expected
+        line = "the training data have 0 utterances, 0 recordings, 0 speakers, 0 texts"
+        assert line in printed
+        assert line in page
+    else:
+        assert results["overlap"] is None
+        assert "overlap with the training data: not known, as they are not here" in printed
+        assert "is not known, as they are not here" in page
 
 
 def test_recordings_that_have_no_room_on_the_page_are_said_to_be_left_out(done, small_world, monkeypatch):

@@ -408,3 +408,27 @@ def test_languages_go_by_name_or_code():
     assert "into German" in tasks_module.instructions("de")[0]
     with pytest.raises(ValueError, match="neither a language's name nor its code"):
         tasks_module.language_name("klingonish")
+
+
+def test_what_test_data_share_with_training_data(small_world, tmp_path):
+    """Counted by hand: the miniature's sets have sentences, voices and recordings of their own, and some of
+    the same ids, which are numbers. Copies of training recordings share what was not changed."""
+    train, seen = DataSet(small_world / "train"), DataSet(small_world / "seen")
+    assert seen[0].id == train[0].id
+    nothing = dict(utterances=0, recordings=0, speakers=0, texts=0)
+    assert seen.overlap([train]) == nothing
+    assert seen.overlap([]) == nothing
+    assert set(train.overlap([seen, train]).values()) == {len(train)}
+
+    rows = []
+    for i in range(4):
+        soundfile.write(tmp_path / f"{i}.wav", train.samples(i), 16_000, subtype="PCM_16")
+        rows.append({"audio": f"{i}.wav", "id": train[i].id, "text": train[i].text})
+    rows[0] |= {"text": "something else", "speaker": train[7].speaker}
+    rows[1] |= {"id": "another", "speaker": "another"}
+    rows[2] |= {"text": ""}
+    (tmp_path / "m.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    limits = Limits(allow_empty=True)
+    prepare(tmp_path / "data", Manifest(str(tmp_path / "m.jsonl")), limits, "runner=DirectRunner")
+    copies = DataSet(tmp_path / "data").overlap([seen, train])
+    assert copies == dict(utterances=1, recordings=4, speakers=1, texts=2)

@@ -251,6 +251,71 @@ def test_stopped_and_killed_it_ends_with_the_same_numbers(whole, small_world, tm
         assert results[0] == results[1]
 
 
+# Fills the disk of the run before compiling, or after a step.
+FILLED = """
+import os, sys
+from pathlib import Path
+from sparqle_jax import loop, metrics, train
+moment, ballast = sys.argv[1:3]
+def fill():
+    with open(ballast, "wb", buffering=0) as file:
+        for size in (1 << 16, 1):
+            try:
+                while True:
+                    file.write(bytes(size))
+            except OSError:
+                pass
+compile, write = loop.compile_steps, metrics.Log._write
+def compile_and_fill(*args):
+    if moment == "compile":
+        fill()
+    return compile(*args)
+def write_and_fill(self, step, row):
+    write(self, step, row)
+    if str(step) == moment and "loss" in row:
+        fill()
+loop.compile_steps, metrics.Log._write = compile_and_fill, write_and_fill
+sys.exit(train.main(sys.argv[3:]))
+"""
+
+
+@pytest.fixture
+def small_disk(tmp_path):
+    """A disk of 40 MB."""
+    folder = tmp_path / "disk"
+    folder.mkdir()
+    mount = ["mount", "-t", "tmpfs", "-o", "size=40m", "tmpfs", folder]
+    if subprocess.run(mount, capture_output=True).returncode:
+        pytest.skip("only root can mount a small disk")
+    yield folder
+    subprocess.run(["umount", folder], check=True)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("moment", ["compile", "2", "3"])
+def test_a_disk_that_is_full_and_has_room_again(moment, small_world, small_disk):
+    """While compiling (its cache, metrics.jsonl, TensorBoard's file), before a save and in one: status 3 and
+    a message; then the same command ends with the numbers of a run that had room. Orbax logs a traceback of
+    its own when a write fails; there is none of ours."""
+    environment = os.environ | {"JAX_NUM_CPU_DEVICES": "8", "JAX_DEFAULT_MATMUL_PRECISION": "highest"}
+    changes = arguments(small_disk / "run", small_world, "stage1=null", "stage2.evaluate=false")
+    command = [sys.executable, "-c", FILLED, moment, str(small_disk / "ballast"), *changes]
+    full = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert full.returncode == train.FAILED, full.stderr
+    assert "No space left" in full.stderr
+    assert not re.search(r"sparqle_jax/\w+\.py", full.stderr)
+    (small_disk / "ballast").unlink()
+    assert train.main(changes) == 0
+    again = arguments(small_disk / "other", small_world, "stage1=null", "stage2.evaluate=false")
+    assert train.main(again) == 0
+    ours, other = (
+        load_file(small_disk / name / "stage2" / "adapter.safetensors") for name in ("run", "other")
+    )
+    for name in other:
+        np.testing.assert_array_equal(ours[name], other[name], name)
+    assert metrics(small_disk / "run", "stage2") == metrics(small_disk / "other", "stage2")
+
+
 class TestStart:
     """A run from the full state of another (`start=`)."""
 

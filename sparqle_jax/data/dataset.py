@@ -24,6 +24,14 @@ from sparqle_jax.audio import SAMPLE_RATE
 
 INDEX = "index.arrow"
 SPLIT = "train"
+# What two data sets may have in common, and in which columns of their index it stands. Ids alone say nothing:
+# those of small sets are numbers.
+SHARED = {
+    "utterances": ("id", "text"),
+    "recordings": ("samples_hash",),
+    "speakers": ("speaker",),
+    "texts": ("text",),
+}
 
 
 class Utterance(pydantic.BaseModel, frozen=True, extra="forbid"):
@@ -74,6 +82,18 @@ def index_schema(languages: Iterable[str]) -> pyarrow.Schema:
             "samples_hash": pyarrow.binary(8),
         }
     )
+
+
+def _joined(index: pyarrow.Table, columns: Sequence[str]) -> pyarrow.ChunkedArray:
+    """One column of several."""
+    first, *rest = (index[column] for column in columns)
+    return pyarrow.compute.binary_join_element_wise(first, *rest, "\x1f") if rest else first
+
+
+def overlap_line(overlap: dict[str, int], number: int) -> str:
+    """`DataSet.overlap` in words. number: of the utterances."""
+    counts = ", ".join(f"{count} {name}" for name, count in overlap.items())
+    return f"of its {number} utterances the training data have {counts}"
 
 
 class CorruptRecord(ValueError):
@@ -137,6 +157,21 @@ class DataSet(Sequence[Utterance]):
         """The right answers to a task of the utterances that have one, in their order."""
         chunks = self._answers(task).chunks
         return itertools.chain.from_iterable(chunk.drop_null().to_pylist() for chunk in chunks)
+
+    def overlap(self, training: Sequence["DataSet"]) -> dict[str, int]:
+        """The utterances of this data set that stand in the training data as well: how many by id and text
+        ("utterances"), by their samples ("recordings"), speaker and text. No speaker, no text: none."""
+        counts = {}
+        for name, columns in SHARED.items():
+            own, found = _joined(self._index, columns), np.zeros(len(self), bool)
+            for data_set in training:
+                # Training data are large: of them, what is in the first column of both alone is looked at.
+                first = data_set._index[columns[0]]
+                both = data_set._index.filter(pyarrow.compute.is_in(first, self._index[columns[0]]))
+                found |= pyarrow.compute.is_in(own, _joined(both, columns).unique()).to_numpy()
+            filled = pyarrow.compute.binary_length(self._index[columns[-1]]).to_numpy() > 0
+            counts[name] = int((found & filled).sum())
+        return counts
 
     def waveform(self, index: int) -> np.ndarray:
         """float32 [S] at 16 kHz, samples from -1 to 1. Raises CorruptRecord."""
