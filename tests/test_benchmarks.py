@@ -1,8 +1,11 @@
 import json
 
+import pytest
+
 from benchmarks import __main__ as bench
 
 
+@pytest.mark.slow
 def test_every_work_is_timed(tmp_path, capfd):
     """With tiny sizes; with PyTorch where it is there."""
     output = tmp_path / "results.json"

@@ -69,6 +69,7 @@ def test_they_are_valid(file):
     nbformat.validate(json.loads(file.read_text()))
 
 
+@pytest.mark.slow
 def test_the_demo_hears_and_draws(execute, tmp_path):
     printed, shown = execute("colab_demo.ipynb")
     assert {"image/png", "text/html"} <= shown  # the picture, and the player

@@ -92,6 +92,7 @@ def test_batches_give_what_single_recordings_give(sparqle, waveforms):
     assert answers(rng.permutation(32), 32) == alone
 
 
+@pytest.mark.slow
 def test_a_mesh_of_eight_devices_gives_the_same(sparqle, waveforms, alone):
     one_device = sparqle
     mesh = make_mesh((2, 2, 2), jax.devices())

@@ -164,6 +164,7 @@ def test_a_step_takes_from_its_batch_to_its_metrics(tmp_path, monkeypatch):
         assert row["model_tflops_per_second"] == pytest.approx(2 * 6 / seconds)
 
 
+@pytest.mark.slow
 def test_what_a_run_costs_is_said_before_it_starts(small_world, tmp_path, capsys):
     """Hours by the lengths themselves, parameters and bytes by what a run then leaves."""
     run = tmp_path / "run"

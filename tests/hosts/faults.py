@@ -67,8 +67,8 @@ def wait_for_moment(moment: str, run: Path, processes: list, rng: random.Random)
     if moment == "in the start-up":
         time.sleep(rng.uniform(0, 10))
         return
-    lines = _lines(log)
-    while _alive(processes) and _lines(log) == lines:
+    steps = _steps(log)
+    while _alive(processes) and _steps(log) == steps:
         time.sleep(0.01)
     if moment == "in a save":
         while _alive(processes) and not any(checkpoints.glob("*tmp*")):
@@ -77,8 +77,9 @@ def wait_for_moment(moment: str, run: Path, processes: list, rng: random.Random)
         time.sleep(rng.uniform(0, 3))
 
 
-def _lines(file: Path) -> int:
-    return file.read_text().count("\n") if file.exists() else 0
+def _steps(file: Path) -> int:
+    """The steps in a metrics.jsonl: its first row, of compiling, is written when others may compile still."""
+    return file.read_text().count('"loss"') if file.exists() else 0
 
 
 def _alive(processes: list) -> bool:
@@ -122,7 +123,7 @@ def suffer(run: Path, processes: list, rng: random.Random, fault: str, moment: s
     results = cluster.finish(processes, 600)
     statuses = [status for status, _ in results]
     assert set(statuses) == {STOPPED} if agreed else 0 not in statuses, results
-    step = _lines(run / "stage2" / "metrics.jsonl")
+    step = _steps(run / "stage2" / "metrics.jsonl")
     return f"{fault} {moment}, at step {step}: {statuses} after {time.monotonic() - began:.1f} s"
 
 
