@@ -16,10 +16,8 @@ import argparse
 import errno
 import json
 import os
-import re
 import signal
 import sys
-import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -36,15 +34,15 @@ from sparqle_jax import (
     commands,
     hosts,
     loop,
-    owner,
     pretrained,
     prompts,
     quiet,
+    run_folder,
     stages,
     tensors,
 )
 from sparqle_jax.aligner import Aligner
-from sparqle_jax.checkpoint import CheckpointError, check_room, differences, fingerprint
+from sparqle_jax.checkpoint import CheckpointError, check_room
 from sparqle_jax.config import Config, StageConfig, read_config
 from sparqle_jax.data.dataset import Corpus, CorruptRecord, DataSet, overlap_line
 from sparqle_jax.data.frames import keep_frames
@@ -57,16 +55,10 @@ from sparqle_jax.model import SpeechLLM, min_samples, partition
 from sparqle_jax.scores import silence_line, table, without_speech
 from sparqle_jax.sharding import batch_parts, make_mesh
 from sparqle_jax.sparqle import ModelConfig, SparQLe, Tower
-from sparqle_jax.start import Start, find, lines
+from sparqle_jax.start import Start, lines
 from sparqle_jax.step import make_optimizer
 from sparqle_jax.tasks import TRANSCRIBE, check_tasks, have_any
 
-IDENTITY = "identity.json"  # in the run's folder: what must be the same when it goes on
-# Keys of the configuration that may be others when a run goes on; of folders, their contents are compared.
-FREE = (
-    r"run|start|speech_pad|mesh\..*|encoder\.folder|llm|init_from|stage1\.tokenizer|data\.workers|data\.frames"
-    r"|data\.valid\..*|data\.train\..*\.folder|stage\d\.(save_every|keep|log_every)"
-)
 FAILED = 3  # the exit status when it is no use to try again
 
 
@@ -80,7 +72,7 @@ class Run:
     def __init__(self, config: Config):
         self.start = None
         if config.start is not None:
-            self.start, stage = _find_start(config)
+            self.start, stage = run_folder.find_start(config)
             if stage == "stage2" and config.stage1 is not None:
                 hosts.print_once(f"stage1: left out, start={config.start} is after it")
                 config = config.model_copy(update={"stage1": None})
@@ -90,18 +82,18 @@ class Run:
             raise ValueError("data.frames are made by one host, and there are several: set it to null.")
         corpus = Corpus([DataSet(one.folder) for one in config.data.train.values()])
         self.identity: dict[str, Any] = {
-            "config": _frozen_keys(config.model_dump(mode="json")),
+            "config": run_folder.frozen_keys(config.model_dump(mode="json")),
             "data": [data_set.fingerprint for data_set in corpus.data_sets],
         }
-        _check_owner(config.run)
-        _check_folder(config.run, self.identity)
-        _check_writable(config.run)
+        run_folder.check_owner(config.run)
+        run_folder.check_folder(config.run, self.identity)
+        run_folder.check_writable(config.run)
         rngs = nnx.Rngs(config.seed)
         dtype = jnp.dtype(config.dtype)
         self.parts = assemble.parts_of(config)
         self._check_window()
         encoder = assemble.load_encoder(config.encoder.folder, self.parts, dtype=dtype, mesh=self.mesh)
-        self.identity["encoder"] = _tower_identity(config.encoder.folder, encoder)
+        self.identity["encoder"] = run_folder.tower_identity(config.encoder.folder, encoder)
         speech = self._waveforms(corpus, encoder)
         self.valid_sets = {name: DataSet(folder) for name, folder in config.data.valid.items()}
         for name, test in self.valid_sets.items():
@@ -131,7 +123,7 @@ class Run:
         if config.stage2 is not None:
             remat = config.stage2.remat
             self.llm = pretrained.load_llm(config.llm, dtype=dtype, mesh=self.mesh, remat=remat)
-            self.identity["llm"] = _tower_identity(config.llm, self.llm)
+            self.identity["llm"] = run_folder.tower_identity(config.llm, self.llm)
             vocab_size = self.llm.config.vocab_size
             self.prompter = prompts.Prompter.from_folder(config.llm, vocab_size)
             self.identity["llm tokenizer and template"] = prompts.fingerprint(self.prompter.tokenizer)
@@ -157,12 +149,12 @@ class Run:
         if self.start is not None:
             self.identity["start"] = self._begin_from(self.start)
         elif config.start is not None:
-            self.identity["start"] = _read_identity(config.run)["start"]
-        _check_folder(config.run, self.identity)
+            self.identity["start"] = run_folder.read_identity(config.run)["start"]
+        run_folder.check_folder(config.run, self.identity)
         for stage in self.stages:
             self._say_costs(stage)
-        self.release = _claim_folder(config, self.identity)
-        _check_folder(config.run, self.identity)  # of what another command has begun in the meantime
+        self.release = run_folder.claim_folder(config, self.identity)
+        run_folder.check_folder(config.run, self.identity)  # another command may have begun meanwhile
         if config.data.frames is not None:
             frames = keep_frames(config.data.frames, speech, encoder)
             for stage in self.stages:
@@ -277,7 +269,7 @@ class Run:
         )
 
     def _train_stage1(self, stage: stages.Stage, profile: int) -> dict[str, Any]:
-        folder = _stage_folder(self.config, stage.name)
+        folder = run_folder.stage_folder(self.config, stage.name)
         self.aligner = self._run(self.aligner, stage, folder, profile)
         assemble.save(self.aligner, folder / "adapter.safetensors")
         if not stage.config.evaluate:
@@ -288,7 +280,7 @@ class Run:
         )
 
     def _train_stage2(self, stage: stages.Stage, profile: int) -> dict[str, Any]:
-        config, folder = self.config, _stage_folder(self.config, stage.name)
+        config, folder = self.config, run_folder.stage_folder(self.config, stage.name)
         if self.aligner is not None:
             self.model = self._stage2_model(nnx.Rngs(config.seed))
         self.model = self._run(self.model, stage, folder, profile)
@@ -338,128 +330,6 @@ def _dry_run(model: Aligner | SpeechLLM, stage: stages.Stage) -> None:
     del batch[SKIPPED]
     graph, state = nnx.split(model)
     jax.eval_shape(lambda state, key: nnx.merge(graph, state).loss(batch, key), state, jax.random.key(0))
-
-
-def _frozen_keys(config: Any, key: str = "") -> Any:
-    """The part of a configuration that must stay when a run is resumed: all but the keys that are FREE."""
-    if not isinstance(config, dict):
-        return config
-    paths = {name: f"{key}.{name}".removeprefix(".") for name in config}
-    return {
-        name: _frozen_keys(value, paths[name])
-        for name, value in config.items()
-        if not re.fullmatch(FREE, paths[name])
-    }
-
-
-def _tower_identity(folder: Path, tower: nnx.Module) -> dict[str, Any]:
-    """The hash of a tower's weights, which counts, and where they come from."""
-    return {
-        "hash": fingerprint(tower),
-        "path": str(folder),
-        "name": pretrained.hub_name(folder),
-        "revision": pretrained.hub_revision(folder),
-    }
-
-
-def _find_start(config: Config) -> tuple[Start | None, str]:
-    """The state that a run starts from, and its stage; None when the run has checkpoints of its own."""
-    there = _read_identity(config.run).get("start") or {}
-    if there.get("from") == config.start:
-        own = config.run / there["stage"] / "checkpoints"
-        if own.is_dir() and any(path.name.isdecimal() for path in own.iterdir()):
-            return None, there["stage"]
-    start = find(config.start, [name for name in stages.STAGES if getattr(config, name) is not None])
-    return start, start.stage
-
-
-def _read_identity(folder: epath.Path) -> dict[str, Any]:
-    """What the run in a folder wrote down of itself; {} for none."""
-    file = folder / IDENTITY
-    return json.loads(file.read_text()) if file.is_file() else {}
-
-
-def _check_folder(folder: epath.Path, identity: dict[str, Any]) -> None:
-    """Raises ValueError, listing what differs, when the folder holds another run."""
-    there = _read_identity(folder)
-    if not there:
-        return
-    wrong = differences({key: there.get(key) for key in identity}, json.loads(json.dumps(identity)))
-    if wrong:
-        raise ValueError(
-            f"{folder} holds another run: {'; '.join(wrong)}. ('data' are the contents of data.train, "
-            "'encoder' and 'llm' the weights of the towers.) Choose another folder with --set run=FOLDER, or "
-            "delete that one."
-        )
-
-
-def _check_writable(folder: epath.Path) -> None:
-    """Raises ValueError when nothing can be written where a local folder is, or is to be made."""
-    if "://" in str(folder):
-        return
-    there = Path(folder).absolute()
-    while not there.exists():
-        there = there.parent
-    try:
-        with tempfile.TemporaryFile(dir=there):
-            pass
-    except OSError as error:
-        raise ValueError(
-            f"nothing can be written to run={folder} ({error}): choose another folder with --set run=."
-        ) from error
-
-
-def _check_owner(folder: epath.Path) -> None:
-    """Raises ValueError, on all hosts, when another command trains into the folder now."""
-    owned = None
-    if hosts.is_first():
-        try:
-            owner.check(folder)
-        except owner.OwnedError as error:
-            owned = error
-    _raise_on_all(owned, folder)
-
-
-def _raise_on_all(owned: owner.OwnedError | None, folder: epath.Path) -> None:
-    """Raises on all hosts what the first one has found, if anything."""
-    if hosts.max_over_hosts(owned is not None):
-        raise owned or ValueError(f"another command trains into run={folder}: see the first host.")
-
-
-def _claim_folder(config: Config, identity: dict[str, Any]) -> Callable[[], None]:
-    """The first host claims the folder for all, and writes down which run it holds; the function returned
-    gives it back.
-
-    Raises ValueError, on all hosts, when the folder is another's, when nothing can be written there, and when
-    the others do not see it.
-    """
-    failed, owned, release = "", None, lambda: None
-    if hosts.is_first():
-        try:
-            config.run.mkdir(parents=True, exist_ok=True)
-            release = owner.claim(config.run)
-            if not (config.run / IDENTITY).is_file():
-                commands.write_text(config.run / "config.json", config.model_dump_json(indent=2) + "\n")
-                commands.write_text(config.run / IDENTITY, json.dumps(identity, indent=1) + "\n")
-        except owner.OwnedError as error:
-            owned = error
-        except Exception as error:  # of a disk, or of a bucket's library
-            failed = f": {error}"
-    _raise_on_all(owned, config.run)
-    if hosts.max_over_hosts(bool(failed)):
-        raise ValueError(f"nothing can be written to run={config.run}{failed}. Choose another: --set run=.")
-    if hosts.max_over_hosts(not (config.run / IDENTITY).is_file()):
-        raise ValueError(
-            f"run={config.run} is not the same folder on all hosts: give one that all of them reach, such as "
-            "--set run=gs://BUCKET/RUN, or a disk that they share."
-        )
-    return release
-
-
-def _stage_folder(config: Config, name: str) -> epath.Path:
-    folder = config.run / name
-    folder.mkdir(parents=True, exist_ok=True)
-    return folder
 
 
 def _cached_json(file: epath.Path, make: Callable[[], dict[str, Any]]) -> dict[str, Any]:

@@ -146,7 +146,8 @@ def test_a_step_takes_from_its_batch_to_its_metrics(tmp_path, monkeypatch):
     plan = SimpleNamespace(batch=lambda number: batch, num_samples=np.full(2, 8_000))
     stage = SimpleNamespace(name="stage2", config=SimpleNamespace(steps=4, log_every=2), plan=plan)
     now = iter([100.0, 116.0])
-    monkeypatch.setattr(metrics_module, "time", SimpleNamespace(monotonic=lambda: next(now)))
+    clock = SimpleNamespace(monotonic=lambda: next(now), time=lambda: 0.0)
+    monkeypatch.setattr(metrics_module, "time", clock)
     programs = [SimpleNamespace(model_flops=6e12)]
     with metrics_module.Log(tmp_path, stage, lambda step: 0.1, programs, 0) as log:
         for step, ready, done in ((1, 101.0, 103.0), (2, 105.0, 107.0), (3, 106.0, 110.0)):
