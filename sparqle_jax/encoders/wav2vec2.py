@@ -31,6 +31,10 @@ _IGNORED = (
     r"layer_weights",
     r"quantizer\..*",
     r"project_(hid|q)\..*",
+    # Of speaker verification.
+    r"tdnn\..*",
+    r"feature_extractor\.(weight|bias)",
+    r"objective\..*",
 )
 
 

@@ -48,8 +48,6 @@ def table(config: Config) -> Table:
             *linear("layers.attention.gates", f"{layer}.gru_rel_pos_linear"),
             Rule("layers.attention.gate_scale", f"{layer}.gru_rel_pos_const"),
         ),
-        # The heads of speaker verification.
-        ignored=(r"tdnn\..*", r"feature_extractor\.(weight|bias)", r"objective\..*"),
     )
 
 
