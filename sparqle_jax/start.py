@@ -52,7 +52,7 @@ class Start:
                 "fits, take its weights: --set init_from=RUN/STAGE/adapter.safetensors."
             )
         return {
-            "hash": f"{hash_of(self.written['checksums'])}",
+            "hash": hash_of(self.written["checksums"]),
             "from": self.text,
             "stage": self.stage,
             "step": self.step,

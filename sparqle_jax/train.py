@@ -9,7 +9,8 @@ was trained (adapter.safetensors; after stage 2 a model folder for `transcribe` 
 command again goes on from the last checkpoint; it ends with the numbers of a run that was never stopped.
 
 Exit status: 0 done; 130 stopped by Ctrl-C and 143 by SIGTERM, with a checkpoint; 2 a mistake in the
-configuration; 3 training can't go on: the numbers, the data or the disk are at fault, not the machine.
+configuration, or a folder that another command trains into; 3 training can't go on: the numbers, the data or
+the disk are at fault, not the machine.
 """
 
 import argparse
