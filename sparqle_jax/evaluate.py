@@ -121,7 +121,7 @@ class Evaluation:
             self._heard([int(seconds.argmin())])  # what is too short is said before the work begins
         progress = tqdm.tqdm(
             total=round(seconds.sum(), 1),
-            initial=round(seconds.sum() - sum(seconds[batch].sum() for batch in left), 1),
+            initial=max(0.0, round(seconds.sum() - sum(seconds[batch].sum() for batch in left), 1)),
             desc="evaluate" + " from text" * self.from_text,
             unit="s of audio",
             disable=not hosts.is_first(),
@@ -129,7 +129,8 @@ class Evaluation:
         with progress:
             for batch in left:
                 yield batch, self._answer(batch)
-                progress.update(round(seconds[batch].sum(), 1))
+                # Rounded for the eye, they may come to more than their sum, of which tqdm would warn.
+                progress.update(min(round(seconds[batch].sum(), 1), progress.total - progress.n))
 
     def _answer(self, batch: list[int]) -> dict[str, list[str]]:
         sparqle, config = self.sparqle, self.sparqle.generation_config(**self.settings)
