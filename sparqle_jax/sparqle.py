@@ -89,6 +89,32 @@ class ModelConfig(pydantic.BaseModel, frozen=True, extra="forbid", populate_by_n
     trained_on: tuple[str, ...] = ()
 
 
+CARD_TITLE = "# A model that listens"
+
+
+def model_card(model: SpeechLLM, config: ModelConfig) -> str:
+    """What a model folder is, in Markdown: its parts, what it was trained on, and from which runs' state."""
+    adapter = model.adapter.config
+    trained = jax.tree.leaves((nnx.state(model.adapter), nnx.state(model.projection)))
+    count = sum(x.size for x in trained) / 1e6
+    towers = {
+        name: " ".join(filter(None, (tower.name or tower.folder.name, tower.revision)))
+        for name, tower in (("Encoder", config.encoder), ("LLM", config.llm))
+    }
+    lines = [
+        CARD_TITLE,
+        "",
+        "Made by sparqle_jax: `SparQLe.from_pretrained(FOLDER)`, `sparqle transcribe --model FOLDER`.",
+        "",
+        *(f"- {name}, frozen: {tower}" for name, tower in towers.items()),
+        f"- Adapter: {adapter.kind}, {count:.4g} million parameters with its projection",
+        *(["- LoRA on the LLM"] if model.llm.lora is not None else []),
+        *(f"- Trained on: {folder}" for folder in config.trained_on),
+        *(f"- Trained from the state of {run}" for run in config.ancestry),
+    ]
+    return "\n".join(lines) + "\n"
+
+
 @dataclasses.dataclass(frozen=True)
 class Segment:
     """The answer to what is said from start to end, in seconds. complete: not cut at max_new_tokens."""
@@ -212,9 +238,11 @@ class SparQLe:
             elif "://" not in str(folder):
                 place = Path(os.path.relpath(place, folder.resolve()))
             places[name] = tower.model_copy(update={"folder": place})
-        (folder / "config.json").write_text(
-            self.config.model_copy(update=places).model_dump_json(indent=2, exclude_defaults=True) + "\n"
-        )
+        settings = self.config.model_copy(update=places)
+        (folder / "config.json").write_text(settings.model_dump_json(indent=2, exclude_defaults=True) + "\n")
+        card = folder / "README.md"
+        if not card.exists() or card.read_text().startswith(CARD_TITLE):  # else it is somebody's own
+            card.write_text(model_card(model, self.config))
 
     # --- What users call ---------------------------------------------------------------------------------
 

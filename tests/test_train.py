@@ -371,6 +371,14 @@ class TestStart:
         assert second.startswith(f"{source}, stage2, step 4: ")
         assert "config.stage2.optim.lr is " in second
         assert json.loads((cold / "config.json").read_text())["start"] == f"{run}@6"
+        card = (cold / "stage2" / "README.md").read_text()
+        assert f"- Trained from the state of {first}\n- Trained from the state of {second}\n" in card
+        assert f"- Trained on: {small_world / 'train'}\n" in card
+        assert "- Encoder, frozen: hubert\n- LLM, frozen: llm\n- Adapter: qformer, 0.02365 million" in card
+        assert train.main(cooled) == 0
+        (cold / "stage2" / "README.md").write_text("my own")
+        SparQLe.from_pretrained(cold / "stage2").save_pretrained(cold / "stage2")
+        assert (cold / "stage2" / "README.md").read_text() == "my own"
 
     @pytest.mark.parametrize(
         ("start", "changes", "message"),
