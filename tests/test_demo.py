@@ -25,6 +25,7 @@ def run_demo(run, data, *more: str) -> dict:
     return json.loads((run / "results.json").read_text())
 
 
+@pytest.mark.slow
 def test_the_demo_leaves_its_page_and_numbers(small_world, tmp_path, capsys):
     results = run_demo(tmp_path / "run", small_world)
     assert results.keys() == {"yours", "shipped", "from text"}

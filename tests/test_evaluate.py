@@ -286,6 +286,7 @@ def test_damaged_answers_are_not_continued(done, small_world, tmp_path, capsys):
     assert "is damaged in line 2" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_a_mesh_gives_the_same_answers(done, small_world, tmp_path):
     run(small_world / "seen", tmp_path, "--batch-size", "3", "--mesh", "2", "-1", "1")
     for name in ("answers.jsonl", "results.json"):
