@@ -23,6 +23,8 @@ import fsspec
 from etils import epath
 
 FILE = "owner.json"
+LEASE = "lease.json"  # beside FILE, which a disk without locks may have as well
+WITHOUT_LOCKS = (errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOSYS)
 RENEWAL = 10.0  # seconds from one renewal of a lease to the next
 STALE = 3 * RENEWAL
 LOST = 3  # the exit status of an owner who finds that another has taken over
@@ -39,7 +41,7 @@ def claim(folder: epath.Path) -> Callable[[], None]:
     try:
         return _lock(Path(folder))
     except OSError as error:
-        if error.errno not in (errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOSYS):
+        if error.errno not in WITHOUT_LOCKS:
             raise
         return _lease(folder)
 
@@ -49,7 +51,11 @@ def check(folder: epath.Path) -> None:
     if "://" in str(folder) or not (Path(folder) / FILE).is_file():
         return
     with open(Path(folder) / FILE) as file:
-        _try_lock(file, Path(folder), fcntl.LOCK_SH)  # others that look are not in the way
+        try:
+            _try_lock(file, Path(folder), fcntl.LOCK_SH)  # others that look are not in the way
+        except OSError as error:
+            if error.errno not in WITHOUT_LOCKS:
+                raise
 
 
 def _lock(folder: Path) -> Callable[[], None]:
@@ -99,7 +105,7 @@ def _owned(folder: Path | epath.Path, text: str) -> OwnedError:
 
 
 def _lease(folder: epath.Path) -> Callable[[], None]:
-    fs, path = fsspec.core.url_to_fs(f"{folder}/{FILE}")
+    fs, path = fsspec.core.url_to_fs(f"{folder}/{LEASE}")
 
     def read() -> str | None:
         try:

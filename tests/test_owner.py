@@ -1,5 +1,6 @@
 """Who trains into a folder: on a disk, in a bucket, and through the command."""
 
+import errno
 import json
 import os
 import signal
@@ -86,6 +87,22 @@ def bucket(tmp_path, monkeypatch) -> Path:
     return tmp_path
 
 
+def test_a_disk_without_locks_has_leases(tmp_path, monkeypatch):
+    def without_locks(*_):
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr(owner.fcntl, "lockf", without_locks)
+    monkeypatch.setattr(owner, "RENEWAL", 0.1)
+    monkeypatch.setattr(owner, "STALE", 1.0)
+    folder = epath.Path(tmp_path)
+    for _ in range(2):  # the second finds what the first has left
+        release = owner.claim(folder)
+        owner.check(folder)
+        with pytest.raises(owner.OwnedError, match=rf"process {os.getpid()} on "):
+            owner.claim(folder)
+        release()
+
+
 @pytest.mark.usefixtures("bucket")
 class TestLease:
     FOLDER = epath.Path("gs://bucket/run")
@@ -100,7 +117,7 @@ class TestLease:
 
     def test_what_is_given_back_is_gone(self, bucket):
         owner.claim(self.FOLDER)()
-        assert not (bucket / "run" / owner.FILE).exists()
+        assert not (bucket / "run" / owner.LEASE).exists()
 
     def test_one_that_is_not_renewed_is_taken_over_and_its_owner_ends(self, monkeypatch, capsys):
         """As after a kill; and if it was only slow, it must not write any more."""
