@@ -20,7 +20,7 @@ from etils import epath
 from flax import nnx
 from orbax.checkpoint import v1 as ocp
 
-from sparqle_jax import hosts
+from sparqle_jax import commands, hosts
 
 Identity = dict[str, Any]  # of a run, as JSON: what must be the same when it goes on
 
@@ -142,11 +142,8 @@ class Checkpoints:
     def _find_latest(self) -> tuple[int, str]:
         """The newest step whose checkpoint is as it was written, -1 for none; and what is wrong if that can't
         be told. Damaged ones are set aside."""
-        names = [path.name for path in self.folder.iterdir()] if self.folder.exists() else []
-        steps = sorted((int(name) for name in names if name.isdecimal()), reverse=True)
-        if not self._is_local():  # in a bucket, one that is not whole has its name already
-            steps = [step for step in steps if (self.folder / str(step) / "commit_success.txt").exists()]
-        for step in steps:
+        steps = steps_in(self.folder)
+        for step in reversed(steps):
             status, told = _read_apart(self.folder / str(step))
             if status == 0:
                 return step, ""
@@ -167,16 +164,22 @@ class Checkpoints:
         return -1, ""
 
 
+def steps_in(folder: epath.Path) -> list[int]:
+    """The steps of the checkpoints in a folder, ascending, without those that are still being written."""
+    names = [path.name for path in folder.iterdir()] if folder.is_dir() else []
+    steps = sorted(int(name) for name in names if name.isdecimal())
+    if "://" in str(folder):  # in a bucket, one that is not whole has its name already
+        steps = [step for step in steps if (folder / str(step) / "commit_success.txt").exists()]
+    return steps
+
+
 def check_room(folder: epath.Path, size: int, number: int) -> None:
     """Raises ValueError when a local disk has no room for so many checkpoints of `size` bytes; those that are
     there already count."""
     if "://" in str(folder):
         return
-    there = folder
-    while not there.exists():
-        there = there.parent
-    kept = sum(path.name.isdecimal() for path in folder.iterdir()) if folder.exists() else 0
-    free, needed = shutil.disk_usage(there).free, max(0, number - kept) * size
+    kept = len(steps_in(folder))
+    free, needed = shutil.disk_usage(commands.nearest(folder)).free, max(0, number - kept) * size
     if free < needed:
         raise ValueError(
             f"{folder} needs room for {number} checkpoints of {size / 1e6:.4g} MB, {kept} of which are "

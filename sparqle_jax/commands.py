@@ -50,6 +50,14 @@ def add_tower_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--llm", type=Path, metavar="FOLDER", help="where the model's LLM is here")
 
 
+def nearest(folder: Path | epath.Path) -> Path:
+    """A local folder, or the nearest one above it that is there."""
+    there = Path(folder).absolute()
+    while not there.exists():
+        there = there.parent
+    return there
+
+
 def can_append(file: Path | epath.Path) -> bool:
     """Whether a file can grow: objects in buckets can't."""
     return "://" not in str(file)

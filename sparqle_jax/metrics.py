@@ -120,7 +120,7 @@ class Log:
             mininterval=0.5,
             disable=not hosts.is_first(),
         )
-        self.start, self.trained = start, 0.0  # seconds, of all steps so far
+        self.start, self.training_seconds = start, 0.0
         self.done = time.monotonic()  # when the last step, save or validation ended
         self._begin()
 
@@ -164,7 +164,7 @@ class Log:
         """
         self.waited += max(0.0, ready - self.done)
         self.seconds += done - self.done
-        self.trained += done - self.done
+        self.training_seconds += done - self.done
         self.done = done
         planned = self.stage.plan.batch(step - 1)
         self.steps += 1
@@ -211,7 +211,7 @@ class Log:
         return row
 
     def _say_time_left(self, step: int) -> None:
-        seconds = self.trained / (step - self.start) * (self.stage.config.steps - step)
+        seconds = self.training_seconds / (step - self.start) * (self.stage.config.steps - step)
         left = datetime.timedelta(seconds=round(seconds))
         self.bar.write(
             f"{self.stage.name}: about {left} (h:mm:ss) left, without saves and validation", file=sys.stderr

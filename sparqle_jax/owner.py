@@ -131,7 +131,14 @@ def _lease(folder: epath.Path) -> Callable[[], None]:
 
     def renew() -> None:
         while not ended.wait(RENEWAL):
-            if mine["token"] not in (read() or ""):
+            try:
+                is_mine = mine["token"] in (read() or "")
+                if is_mine:
+                    mine["renewed"] += 1
+                    fs.pipe_file(path, json.dumps(mine).encode())
+            except Exception:  # of the network, say: whoever takes over meanwhile is found the next time
+                continue
+            if not is_mine:
                 print(
                     f"another process has taken over run={folder}, where this one was thought dead: it was "
                     f"not heard of for {STALE:.0f} s. This one ends, so that only one writes.",
@@ -139,8 +146,6 @@ def _lease(folder: epath.Path) -> Callable[[], None]:
                     flush=True,
                 )
                 os._exit(LOST)
-            mine["renewed"] += 1
-            fs.pipe_file(path, json.dumps(mine).encode())
 
     thread = threading.Thread(target=renew, daemon=True)
     thread.start()

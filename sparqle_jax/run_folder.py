@@ -11,7 +11,7 @@ from etils import epath
 from flax import nnx
 
 from sparqle_jax import commands, hosts, owner, pretrained, stages
-from sparqle_jax.checkpoint import differences, fingerprint
+from sparqle_jax.checkpoint import differences, fingerprint, steps_in
 from sparqle_jax.config import Config
 from sparqle_jax.start import Start, find
 
@@ -48,10 +48,8 @@ def tower_identity(folder: Path, tower: nnx.Module) -> dict[str, Any]:
 def find_start(config: Config) -> tuple[Start | None, str]:
     """The state that a run starts from, and its stage; None when the run has checkpoints of its own."""
     there = read_identity(config.run).get("start") or {}
-    if there.get("from") == config.start:
-        own = config.run / there["stage"] / "checkpoints"
-        if own.is_dir() and any(path.name.isdecimal() for path in own.iterdir()):
-            return None, there["stage"]
+    if there.get("from") == config.start and steps_in(config.run / there["stage"] / "checkpoints"):
+        return None, there["stage"]
     start = find(config.start, [name for name in stages.STAGES if getattr(config, name) is not None])
     return start, start.stage
 
@@ -80,11 +78,8 @@ def check_writable(folder: epath.Path) -> None:
     """Raises ValueError when nothing can be written where a local folder is, or is to be made."""
     if "://" in str(folder):
         return
-    there = Path(folder).absolute()
-    while not there.exists():
-        there = there.parent
     try:
-        with tempfile.TemporaryFile(dir=there):
+        with tempfile.TemporaryFile(dir=commands.nearest(folder)):
             pass
     except OSError as error:
         raise ValueError(

@@ -6,6 +6,7 @@ run ends with the numbers that the old one would have ended with, bit for bit.
 """
 
 import dataclasses
+import hashlib
 import json
 import re
 from collections.abc import Sequence
@@ -14,7 +15,7 @@ from typing import Any
 from etils import epath
 from orbax.checkpoint import v1 as ocp
 
-from sparqle_jax.checkpoint import CheckpointError, checksums, differences
+from sparqle_jax.checkpoint import CheckpointError, checksums, differences, steps_in
 
 # Of a run's identity, what the state is of, and what it does not depend on.
 FIXED = r"(encoder|llm|llm tokenizer and template|config\.(adapter|encoder|stage2\.lora))\b"
@@ -51,8 +52,9 @@ class Start:
                 f"start={self.text} is of another model: {'; '.join(wrong)}. From a run whose adapter alone "
                 "fits, take its weights: --set init_from=RUN/STAGE/adapter.safetensors."
             )
+        sums = json.dumps(self.written["checksums"], sort_keys=True)
         return {
-            "hash": hash_of(self.written["checksums"]),
+            "hash": hashlib.sha256(sums.encode()).hexdigest(),
             "from": self.text,
             "stage": self.stage,
             "step": self.step,
@@ -61,19 +63,13 @@ class Start:
         }
 
 
-def hash_of(sums: dict[str, int]) -> str:
-    """One number for the checksums of all arrays, in hexadecimal."""
-    return f"{sum(value * (i + 1) for i, (_, value) in enumerate(sorted(sums.items()))) % 2**64:016x}"
-
-
 def find(text: str, stages: Sequence[str]) -> Start:
     """The checkpoint of RUN[@STEP] in the last of these stages that has any. Raises ValueError for none."""
     match = re.fullmatch(r"(.*)@(\d+)", text)
     run, wanted = (epath.Path(match[1]), int(match[2])) if match else (epath.Path(text), None)
     for stage in reversed(stages):
         folder = run / stage / "checkpoints"
-        names = [path.name for path in folder.iterdir()] if folder.is_dir() else []
-        steps = sorted(int(name) for name in names if name.isdecimal())
+        steps = steps_in(folder)
         if not steps:
             continue
         step = steps[-1] if wanted is None else wanted

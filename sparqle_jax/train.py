@@ -155,11 +155,16 @@ class Run:
         for stage in self.stages:
             self._say_costs(stage)
         self.release = run_folder.claim_folder(config, self.identity)
-        run_folder.check_folder(config.run, self.identity)  # another command may have begun meanwhile
-        if config.data.frames is not None:
-            frames = keep_frames(config.data.frames, speech, encoder)
-            for stage in self.stages:
-                stage.examples.speech = frames
+        try:
+            # Another command may have begun meanwhile.
+            run_folder.check_folder(config.run, self.identity)
+            if config.data.frames is not None:
+                frames = keep_frames(config.data.frames, speech, encoder)
+                for stage in self.stages:
+                    stage.examples.speech = frames
+        except BaseException:
+            self.release()
+            raise
 
     def _say_costs(self, stage: stages.Stage) -> None:
         """Prints what a stage is trained on, of what, for how long, and what it writes.
@@ -168,13 +173,11 @@ class Run:
         """
         model = self.aligner if stage.name == "stage1" else self.model
         _, trained, frozen = partition(model)
-        config, corpus = stage.config, stage.examples.corpus
+        config, plan = stage.config, stage.plan
         optimizer, _ = make_optimizer(config.optim, config.steps)
         state = jax.tree.leaves((trained, jax.eval_shape(optimizer.init, trained)))
         size = sum(x.size * x.dtype.itemsize for x in state)
-        used = np.concatenate(stages.used_by(self.config, corpus, config))
-        hours = float(corpus.num_samples[used].sum()) / audio.SAMPLE_RATE / 3600
-        epochs = config.steps / stage.plan.batches_per_epoch
+        hours, epochs = plan.total_samples / audio.SAMPLE_RATE / 3600, config.steps / plan.batches_per_epoch
         train, rest = (sum(x.size for x in jax.tree.leaves(part)) / 1e6 for part in (trained, frozen))
         folder = self.config.run / stage.name
         hosts.print_once(
@@ -185,7 +188,7 @@ class Run:
         check_room(folder / "checkpoints", size, config.keep + 1)
 
     def _begin_from(self, start: Start) -> dict[str, Any]:
-        """Says what is others than in the run that this one starts from, and returns it for the identity.
+        """Says how this run differs from the one that it starts from, and returns it for the identity.
 
         Raises ValueError for another model, and for no steps that are left.
         """

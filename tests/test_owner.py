@@ -7,6 +7,7 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -122,7 +123,12 @@ class TestLease:
     def test_one_that_is_not_renewed_is_taken_over_and_its_owner_ends(self, monkeypatch, capsys):
         """As after a kill; and if it was only slow, it must not write any more."""
         ended = []
-        monkeypatch.setattr(owner.os, "_exit", ended.append)
+
+        def leave(status: int) -> None:
+            ended.append(status)
+            raise SystemExit  # of the thread
+
+        monkeypatch.setattr(owner.os, "_exit", leave)
         monkeypatch.setattr(owner, "RENEWAL", 2.5)
         owner.claim(self.FOLDER)
         monkeypatch.setattr(owner, "RENEWAL", 0.1)
@@ -133,6 +139,18 @@ class TestLease:
         assert ended[0] == owner.LOST
         assert "another process has taken over run=gs://bucket/run" in capsys.readouterr().err
         monkeypatch.setattr(owner, "RENEWAL", 0.0)
+        release()
+
+    def test_a_network_that_fails_for_a_while_ends_nothing(self, monkeypatch):
+        """The lease is renewed again after that, and is its owner's."""
+        down = threading.Event()
+        monkeypatch.setattr(owner.fsspec.core, "url_to_fs", failing(owner.fsspec.core.url_to_fs, down))
+        release = owner.claim(self.FOLDER)
+        down.set()
+        time.sleep(0.5)
+        down.clear()
+        with pytest.raises(owner.OwnedError, match=rf"process {os.getpid()} on "):
+            owner.claim(self.FOLDER)
         release()
 
     def test_of_two_that_come_at_once_one_has_it(self, monkeypatch):
@@ -146,23 +164,45 @@ class TestLease:
 
 def blind(url_to_fs):
     """File systems that at the first look see no file."""
+    looks = iter([True])
 
-    def open_blind(url: str):
+    def read(fs, path):
+        if next(looks, False):
+            raise FileNotFoundError(path)
+        return fs.cat_file(path)
+
+    return reading(url_to_fs, read)
+
+
+def failing(url_to_fs, down: threading.Event):
+    """File systems that can't be reached while `down`."""
+
+    def read(fs, path):
+        if down.is_set():
+            raise ConnectionError("the network is down")
+        return fs.cat_file(path)
+
+    return reading(url_to_fs, read)
+
+
+def reading(url_to_fs, read):
+    """File systems whose files are read by `read(fs, path)`."""
+
+    class Other:
+        def __init__(self, fs):
+            self.fs = fs
+
+        def __getattr__(self, name):
+            return getattr(self.fs, name)
+
+        def cat_file(self, path):
+            return read(self.fs, path)
+
+    def open_other(url: str):
         fs, path = url_to_fs(url)
-        read, looks = fs.cat_file, iter([True])
+        return Other(fs), path
 
-        class Blind:
-            def __getattr__(self, name):
-                return getattr(fs, name)
-
-            def cat_file(self, path):
-                if next(looks, False):
-                    raise FileNotFoundError(path)
-                return read(path)
-
-        return Blind(), path
-
-    return open_blind
+    return open_other
 
 
 @pytest.mark.slow

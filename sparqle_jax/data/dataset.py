@@ -166,8 +166,8 @@ class DataSet(Sequence[Utterance]):
             own, found = _joined(self._index, columns), np.zeros(len(self), bool)
             for data_set in training:
                 # Training data are large: of them, what is in the first column of both alone is looked at.
-                first = data_set._index[columns[0]]
-                both = data_set._index.filter(pyarrow.compute.is_in(first, self._index[columns[0]]))
+                theirs = data_set._index.select(columns)
+                both = theirs.filter(pyarrow.compute.is_in(theirs[columns[0]], self._index[columns[0]]))
                 found |= pyarrow.compute.is_in(own, _joined(both, columns).unique()).to_numpy()
             filled = pyarrow.compute.binary_length(self._index[columns[-1]]).to_numpy() > 0
             counts[name] = int((found & filled).sum())

@@ -112,6 +112,7 @@ class BatchPlan:
             sizes = [int(some.sum()) for some in np.split(used, np.cumsum(sizes)[:-1])]
             examples = examples[used]
             num_samples = num_samples[used]
+        self.total_samples = int(num_samples.sum(dtype=np.int64))  # of the examples that are used
         _check(num_samples, buckets, batch_size, multiple, sizes, weights)
         data_set = np.repeat(np.arange(len(sizes), dtype=np.uint16), sizes)
         shares = np.ones(len(sizes))
