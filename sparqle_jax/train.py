@@ -103,48 +103,12 @@ class Run:
         test_speech = {
             name: self._waveforms(Corpus([test]), encoder) for name, test in self.valid_sets.items()
         }
-        options: dict[str, Any] = dict(
-            max_tokens=config.data.max_text_tokens, skip_corrupt=config.data.skip_corrupt
-        )
         self.aligner = self.model = None
         self.stages: list[stages.Stage] = []
         if config.stage1 is not None:
-            tokenizer = prompts.load_tokenizer(config.stage1.tokenizer)
-            self.identity["stage1.tokenizer"] = prompts.fingerprint(tokenizer)
-            words = max(tokenizer.get_vocab().values()) + 1
-            # One more token begins a text to generate.
-            self.aligner = assemble.new_aligner(config, encoder, words + 1, self.mesh, rngs)
-            vocab_size = self.aligner.adapter.vocab_size
-
-            def aligned(speech: Waveforms, plan: BatchPlan) -> AlignmentExamples:
-                return AlignmentExamples(speech.corpus, speech, tokenizer, vocab_size, plan, **options)
-
-            self._add_stage("stage1", config.stage1, speech, test_speech, aligned)
-            _dry_run(self.aligner, self.stages[-1])
+            self._prepare_stage1(encoder, speech, test_speech, rngs)
         if config.stage2 is not None:
-            remat = config.stage2.remat
-            self.llm = pretrained.load_llm(config.llm, dtype=dtype, mesh=self.mesh, remat=remat)
-            self.identity["llm"] = run_folder.tower_identity(config.llm, self.llm)
-            vocab_size = self.llm.config.vocab_size
-            self.prompter = prompts.Prompter.from_folder(config.llm, vocab_size)
-            self.identity["llm tokenizer and template"] = prompts.fingerprint(self.prompter.tokenizer)
-            tasks = stages.tasks_of_sets(config)
-
-            def instructed(speech: Waveforms, plan: BatchPlan) -> InstructionExamples:
-                training = speech.corpus is corpus
-                some = tasks if training else [stages.tasks_of(speech.corpus, config.stage2.tasks)]
-                return InstructionExamples(
-                    speech.corpus, speech, self.prompter, vocab_size, some, plan, **options
-                )
-
-            self._add_stage("stage2", config.stage2, speech, test_speech, instructed)
-            for test in self.valid_sets.values():
-                check_tasks(test, config.eval_languages)
-            if self.aligner is None:
-                self.model = assemble.new_speech_llm(config, encoder, self.llm, self.mesh, rngs)
-            else:
-                self.model = self._stage2_model(rngs)
-            _dry_run(self.model, self.stages[-1])
+            self._prepare_stage2(encoder, speech, test_speech, rngs)
         if (start := config.init_from) is not None:
             self.identity["init_from"] = {"hash": tensors.hash_of(start), "path": str(start)}
         if self.start is not None:
@@ -165,6 +129,55 @@ class Run:
         except BaseException:
             self.release()
             raise
+
+    def _prepare_stage1(
+        self, encoder: nnx.Module, speech: Waveforms, test_speech: dict[str, Waveforms], rngs: nnx.Rngs
+    ) -> None:
+        config = self.config
+        tokenizer = prompts.load_tokenizer(config.stage1.tokenizer)
+        self.identity["stage1.tokenizer"] = prompts.fingerprint(tokenizer)
+        words = max(tokenizer.get_vocab().values()) + 1
+        # One more token begins a text to generate.
+        self.aligner = assemble.new_aligner(config, encoder, words + 1, self.mesh, rngs)
+        vocab_size, options = self.aligner.adapter.vocab_size, self._text_options()
+
+        def aligned(speech: Waveforms, plan: BatchPlan) -> AlignmentExamples:
+            return AlignmentExamples(speech.corpus, speech, tokenizer, vocab_size, plan, **options)
+
+        self._add_stage("stage1", config.stage1, speech, test_speech, aligned)
+        _dry_run(self.aligner, self.stages[-1])
+
+    def _prepare_stage2(
+        self, encoder: nnx.Module, speech: Waveforms, test_speech: dict[str, Waveforms], rngs: nnx.Rngs
+    ) -> None:
+        config = self.config
+        dtype, remat = jnp.dtype(config.dtype), config.stage2.remat
+        self.llm = pretrained.load_llm(config.llm, dtype=dtype, mesh=self.mesh, remat=remat)
+        self.identity["llm"] = run_folder.tower_identity(config.llm, self.llm)
+        vocab_size, options = self.llm.config.vocab_size, self._text_options()
+        self.prompter = prompts.Prompter.from_folder(config.llm, vocab_size)
+        self.identity["llm tokenizer and template"] = prompts.fingerprint(self.prompter.tokenizer)
+        tasks, corpus = stages.tasks_of_sets(config), speech.corpus
+
+        def instructed(speech: Waveforms, plan: BatchPlan) -> InstructionExamples:
+            training = speech.corpus is corpus
+            some = tasks if training else [stages.tasks_of(speech.corpus, config.stage2.tasks)]
+            return InstructionExamples(
+                speech.corpus, speech, self.prompter, vocab_size, some, plan, **options
+            )
+
+        self._add_stage("stage2", config.stage2, speech, test_speech, instructed)
+        for test in self.valid_sets.values():
+            check_tasks(test, config.eval_languages)
+        if self.aligner is None:
+            self.model = assemble.new_speech_llm(config, encoder, self.llm, self.mesh, rngs)
+        else:
+            self.model = self._stage2_model(rngs)
+        _dry_run(self.model, self.stages[-1])
+
+    def _text_options(self) -> dict[str, Any]:
+        data = self.config.data
+        return {"max_tokens": data.max_text_tokens, "skip_corrupt": data.skip_corrupt}
 
     def _say_costs(self, stage: stages.Stage) -> None:
         """Prints what a stage is trained on, of what, for how long, and what it writes.

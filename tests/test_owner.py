@@ -120,6 +120,7 @@ class TestLease:
         owner.claim(self.FOLDER)()
         assert not (bucket / "run" / owner.LEASE).exists()
 
+    @pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
     def test_one_that_is_not_renewed_is_taken_over_and_its_owner_ends(self, monkeypatch, capsys):
         """As after a kill; and if it was only slow, it must not write any more."""
         ended = []
